@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server arguments: SGLang's own record with the four `--kv-compression*` fields.
+
+SGLang assembles `ServerArgs` when its module is imported, before plugins load, so a field can
+only be added by a subclass put in its place (`plugin.py`). Every process unpickles this class,
+which imports this module: keep it light.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sglang.srt.arg_groups.arg_utils import NS, A, Arg
+from sglang.srt.arg_groups.model_override_base import resolving_view
+from sglang.srt.server_args import ServerArgs
+
+from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressionError
+
+_DEFAULTS = KVCompressionConfig()
+
+
+class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg, misc]
+    """SGLang's `ServerArgs` (srt/server_args.py) plus the settings of KV compression."""
+
+    kv_compression: A[
+        str,
+        Arg(
+            help="Compress the KV cache of each request's unshared prompt suffix with this method.",
+            choices=list(METHOD_CHOICES),
+        ),
+        NS("memory"),
+    ] = _DEFAULTS.method
+    kv_compression_budget: A[
+        float,
+        Arg(
+            help="KV entries kept of the suffix, a mean per layer and KV head: a fraction up to 1, "
+            "or a number of tokens (the observation window included)."
+        ),
+        NS("memory"),
+    ] = _DEFAULTS.budget
+    kv_compression_min_tokens: A[
+        int,
+        Arg(help="Serve suffixes shorter than this many tokens uncompressed."),
+        NS("memory"),
+    ] = _DEFAULTS.min_tokens
+    kv_compression_config: A[
+        dict[str, Any] | None,
+        Arg(
+            help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, seed. "
+            'Example: \'{"window_size": 32, "scope": "prompt"}\'',
+            type_parser=json.loads,
+        ),
+        NS("memory"),
+    ] = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (cls, fields, bookkeeping) = super().__reduce__()
+        return _rebuild, (cls, fields, bookkeeping)
+
+
+def _rebuild(cls: type, fields: dict[str, Any], bookkeeping: dict[str, Any]) -> LavaServerArgs:
+    """Unpickle in a child process, and install the plugin there or fail.
+
+    SGLang's own loader would log a broken plugin and serve without it.
+    """
+    from sglang.srt.server_args import _rebuild_server_args
+
+    server_args: LavaServerArgs = _rebuild_server_args(cls, fields, bookkeeping)
+    if server_args.kv_compression != "none":
+        from lava_sglang import plugin
+
+        plugin.install()
+    return server_args
+
+
+_OPTIONS = {
+    "method": "kv_compression",
+    "budget": "kv_compression_budget",
+    "min_tokens": "kv_compression_min_tokens",
+}
+"""Setting -> the field of the server arguments that holds it; the rest are in the JSON."""
+
+
+def config_of(server_args: Any) -> KVCompressionConfig:
+    """The validated settings in `server_args`; raises KVCompressionError with all bad values."""
+    further = server_args.kv_compression_config or {}
+    if not isinstance(further, dict):
+        raise KVCompressionError([f"--kv-compression-config={further!r}: accepts a JSON object"])
+    reasons = [
+        f"--kv-compression-config {name}={further[name]!r}: set {_display(name)} instead"
+        for name in _OPTIONS
+        if name in further
+    ]
+    values = {**further, **{name: getattr(server_args, arg) for name, arg in _OPTIONS.items()}}
+    try:
+        config = KVCompressionConfig.parse(values, _display)
+    except KVCompressionError as error:
+        raise KVCompressionError(error.reasons + reasons) from None
+    if reasons:
+        raise KVCompressionError(reasons)
+    return config
+
+
+def _display(setting: str) -> str:
+    if setting in _OPTIONS:
+        return "--" + _OPTIONS[setting].replace("_", "-")
+    return f"--kv-compression-config {setting}"
+
+
+def validate(server_args: Any, previous: Any) -> None:
+    """Resolution hook (arg_groups/resolution_hooks.py, step `handle_other_validations`).
+
+    Raises KVCompressionError with every bad setting, every SGLang feature that is switched on
+    and not supported, and every version that does not fit.
+    """
+    previous(server_args)
+    view = resolving_view(server_args)
+    reasons: list[str] = []
+    try:
+        enabled = config_of(view).enabled
+    except KVCompressionError as error:
+        enabled, reasons = True, error.reasons
+    if enabled:
+        from lava_sglang import compat
+
+        reasons = reasons + compat.version_reasons() + compat.feature_reasons(view)
+    if reasons:
+        raise KVCompressionError(reasons, heading="KV compression cannot start")

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend the user chose, made to hand its queries to the window capture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lava_sglang.attention.window import WindowCapture
+
+
+def capture_queries(backend: Any, capture: WindowCapture) -> Any:
+    """Give `backend` a subclass whose `forward_extend` also stashes window queries. Mutates it.
+
+    A subclass and not a proxy: SGLang reads dozens of attributes off its backends and checks
+    their identity. On the backend and not on RadixAttention: that one does not run when a prefill
+    graph is replayed. A HybridAttnBackend calls its prefill backend's `forward` itself, so that
+    one is given the subclass.
+    """
+    if type(backend).__name__ == "HybridAttnBackend":
+        capture_queries(backend.prefill_backend, capture)
+        return backend
+    base = type(backend)
+
+    def forward_extend(
+        self: Any, q: torch.Tensor, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        output = base.forward_extend(self, q, k, v, layer, *args, **kwargs)
+        if capture.segments:
+            capture.capture(layer, q)
+        return output
+
+    backend.__class__ = type(f"Lava{base.__name__}", (base,), {"forward_extend": forward_extend})
+    return backend

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The observation window: the queries of a prompt's last tokens, stashed while it is prefilled."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class WindowQueries:
+    """The window queries of one request, all layers, filled by one or many chunks.
+
+    `rows` is [num_layers, window_size, num_qo_heads, head_dim] in the model's dtype, allocated by
+    the first layer that stores. A prefix from the radix tree may cover the window's first tokens:
+    `first` is the first token of the window that was prefilled.
+    """
+
+    def __init__(self, num_layers: int, window_size: int):
+        self.num_layers = num_layers
+        self.window_size = window_size
+        self.first = window_size
+        self.rows: torch.Tensor | None = None
+        self.layers_stored: set[int] = set()
+        self.scaling = [0.0] * num_layers  # factor on the attention logits, by layer
+
+    def store(self, layer: int, scaling: float, start: int, queries: torch.Tensor) -> None:
+        """Copy `queries` [n, num_qo_heads, head_dim] to places start.. of the window."""
+        if self.rows is None:
+            shape = (self.num_layers, self.window_size, *queries.shape[1:])
+            self.rows = queries.new_empty(shape)
+        self.rows[layer, start : start + queries.shape[0]] = queries
+        self.scaling[layer] = scaling
+        self.layers_stored.add(layer)
+        self.first = min(self.first, start)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer stored its queries."""
+        return len(self.layers_stored) == self.num_layers
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """[window queries, num_qo_heads, head_dim]: those that were prefilled, in order."""
+        assert self.rows is not None
+        return self.rows[layer, self.first :]
+
+
+class Segment(NamedTuple):
+    """Rows of an extend batch that belong to a request's observation window."""
+
+    window: WindowQueries
+    window_start: int  # place in the window
+    batch_start: int  # row of the batch's token-major tensors
+    num_tokens: int
+
+
+class WindowCapture:
+    """What the attention backend hands each layer's queries to. Empty outside an extend."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+
+    def add(
+        self, window: WindowQueries, batch_start: int, chunk: tuple[int, int], prompt_len: int
+    ) -> None:
+        """Stash the window's part of a chunk: prompt positions [chunk[0], chunk[1])."""
+        window_begin = prompt_len - window.window_size
+        begin = max(chunk[0], window_begin)
+        if begin < chunk[1]:
+            self.segments.append(
+                Segment(
+                    window,
+                    window_start=begin - window_begin,
+                    batch_start=batch_start + begin - chunk[0],
+                    num_tokens=chunk[1] - begin,
+                )
+            )
+
+    def capture(self, layer: Any, queries: torch.Tensor) -> None:
+        """Called after each layer's extend attention.
+
+        layer: SGLang's RadixAttention. queries: [num_tokens, num_qo_heads * head_dim], after RoPE.
+        """
+        for segment in self.segments:
+            rows = queries[segment.batch_start : segment.batch_start + segment.num_tokens]
+            segment.window.store(
+                layer.layer_id,
+                layer.scaling,
+                segment.window_start,
+                rows.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            )

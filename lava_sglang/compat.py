@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we run with, and refuse: versions, seams, SGLang features, models.
+
+Every function here returns reasons, one sentence each; `refuse` raises with all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lava_sglang.config import KVCompressionError
+from lava_sglang.seams import SEAMS
+
+SGLANG_VERSION = "0.5.23"
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raises KVCompressionError if there is any reason."""
+    if reasons:
+        raise KVCompressionError(reasons, heading="KV compression cannot start")
+
+
+def version_reasons() -> list[str]:
+    try:
+        found = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        return [f"sglang is not installed: needs sglang=={SGLANG_VERSION}"]
+    if found != SGLANG_VERSION:
+        return [f"sglang=={found} is installed: needs sglang=={SGLANG_VERSION}"]
+    return []
+
+
+def seam_reasons() -> list[str]:
+    """Places in SGLang that are gone or take other parameters than we count on."""
+    reasons = []
+    for seam in SEAMS:
+        try:
+            found = tuple(inspect.signature(_upstream(f"sglang.{seam.target}")).parameters)
+        except (ImportError, AttributeError) as error:
+            reasons.append(f"sglang.{seam.target} is missing: {error}")
+            continue
+        if found != seam.parameters:
+            reasons.append(f"sglang.{seam.target} takes {found}: expected {seam.parameters}")
+    return reasons
+
+
+def _upstream(target: str) -> Any:
+    """SGLang's own callable, also where our subclass stands in its class's place."""
+    owner, name = target.rsplit(".", 1)
+    found = pkgutil.resolve_name(owner)
+    if isinstance(found, type) and found.__module__.startswith("lava_sglang."):
+        found = found.__base__
+    return getattr(found, name)
+
+
+class Feature(NamedTuple):
+    """An SGLang feature that is refused: it would read, move or share lossy entries."""
+
+    field: str  # of the server arguments
+    on: Callable[[Any], bool]
+    name: str
+
+
+def _set(value: Any) -> bool:
+    return bool(value)
+
+
+FEATURES = (
+    Feature("speculative_algorithm", _set, "speculative decoding"),
+    Feature("disaggregation_mode", lambda v: v not in (None, "null"), "PD disaggregation"),
+    Feature("pp_size", lambda v: v > 1, "pipeline parallelism"),
+    Feature("enable_dp_attention", _set, "DP attention"),
+    Feature("attn_dp_size", lambda v: (v or 1) > 1, "DP attention"),
+    Feature("attn_cp_size", lambda v: (v or 1) > 1, "context-parallel attention"),
+    Feature("dcp_size", lambda v: (v or 1) > 1, "decode context parallelism"),
+    Feature("enable_kv_cache_sharding", _set, "KV cache sharding"),
+    Feature("enable_two_batch_overlap", _set, "two-batch overlap"),
+    Feature("enable_pdmux", _set, "PD multiplexing"),
+    Feature("enable_mixed_chunk", _set, "mixed chunks"),
+    Feature("enable_hisparse", _set, "hierarchical sparse attention"),
+    Feature("dllm_algorithm", _set, "diffusion language models"),
+    Feature("is_embedding", _set, "embedding models"),
+    Feature("encoder_only", _set, "encoder disaggregation"),
+    Feature("language_only", _set, "encoder disaggregation"),
+    Feature(
+        "kv_cache_dtype",
+        lambda v: v not in ("auto", "bf16", "bfloat16", "float16"),
+        "a quantized KV cache",
+    ),
+    Feature("enable_page_major_kv_layout", _set, "the page-major KV layout"),
+    Feature("enable_unified_memory", _set, "the unified memory pool"),
+    Feature("prefill_only_disable_kv_cache", _set, "serving without a KV cache"),
+    Feature("enable_hierarchical_cache", _set, "HiCache"),
+    Feature("enable_unified_cache_external_linker", _set, "an external cache linker"),
+    Feature("enable_lmcache", _set, "LMCache"),
+    Feature("enable_flexkv", _set, "FlexKV"),
+    Feature("radix_cache_backend", _set, "another radix cache"),
+    Feature("enable_streaming_session", _set, "streaming sessions"),
+    Feature("enable_session_radix_cache", _set, "the session radix cache"),
+    Feature("kv_canary", lambda v: v != "none", "the KV canary"),
+    Feature("cuda_graph_backend_prefill", lambda v: v == "full", "full CUDA graphs for prefill"),
+)
+
+_ENVIRONMENT = {
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "sizing the KV pool after graph capture",
+    "SGLANG_RUST_SERVER": "the Rust server",
+}
+
+
+def feature_reasons(view: Any) -> list[str]:
+    """SGLang features that are on and not supported. view: resolved server arguments."""
+    reasons = [
+        f"{f.name} is not supported (--{f.field.replace('_', '-')}={getattr(view, f.field)!r})"
+        for f in FEATURES
+        if f.on(getattr(view, f.field))
+    ]
+    for variable, name in _ENVIRONMENT.items():
+        value = os.environ.get(variable, "")
+        if value.lower() not in ("", "0", "false"):
+            reasons.append(f"{name} is not supported ({variable}={value})")
+    return reasons
+
+
+def scheduler_reasons(scheduler: Any) -> list[str]:
+    """What the loaded model and the pools that SGLang built do not fit. Shapes only, no tensors."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    reasons = []
+    if type(pool) is not MHATokenToKVPool:
+        reasons.append(f"KV pool {type(pool).__name__}: only MHATokenToKVPool is supported")
+    elif pool.k_buffer[0].dim() != 3:
+        reasons.append(f"KV pool layout {tuple(pool.k_buffer[0].shape)}: only [slots, heads, dim]")
+    if not isinstance(scheduler.tree_cache, UnifiedRadixCache):
+        name = type(scheduler.tree_cache).__name__
+        reasons.append(f"prefix cache {name}: only UnifiedRadixCache is supported")
+    runner = scheduler.tp_worker.model_runner
+    if runner.model_config.model_is_mrope:
+        reasons.append("multimodal RoPE positions are not supported")
+    if runner.model_config.is_encoder_decoder:
+        reasons.append("encoder-decoder models are not supported")
+    backend = runner.attn_backend
+    prefill = getattr(backend, "prefill_backend", backend)
+    if not type(prefill).__name__.startswith("Lava"):
+        reasons.append(f"attention backend {type(prefill).__name__} does not hand over its queries")
+    return reasons + model_reasons(runner.model)
+
+
+def model_reasons(model: Any) -> list[str]:
+    """Attention layers whose scores we would get wrong."""
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    layers = [m for m in model.modules() if isinstance(m, RadixAttention)]
+    reasons = []
+    if any((layer.sliding_window_size or -1) > -1 for layer in layers):
+        reasons.append("models with sliding-window attention are not supported")
+    if any(layer.is_cross_attention for layer in layers):
+        reasons.append("models with cross-attention are not supported")
+    if any(layer.attn_type != AttentionType.DECODER for layer in layers):
+        reasons.append("models with bidirectional attention are not supported")
+    if any(layer.logit_cap for layer in layers):
+        reasons.append("models that cap attention logits are not supported")
+    if any(layer.qk_head_dim != layer.v_head_dim for layer in layers):
+        reasons.append("models whose keys and values differ in size are not supported")
+    if not layers:
+        reasons.append("the model has no attention layer of SGLang's RadixAttention")
+    return reasons

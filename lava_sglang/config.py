@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen settings of KV compression, and the errors a bad value gets.
+
+A setting has one home: `method`, `budget` and `min_tokens` are command-line options of their
+own, the rest are keys of `--kv-compression-config`. A request may override `enabled`, `method`
+and `budget` in `custom_params["kv_compression"]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
+"""Methods that keep the same number of entries in every layer and head."""
+
+RAGGED_METHODS = ("lava", "adakv", "pyramidkv")
+"""Methods that need a different number of entries per layer and head: not served yet."""
+
+METHOD_CHOICES = ("none", *UNIFORM_METHODS, *RAGGED_METHODS)
+
+Scope = Literal["suffix", "prompt"]
+
+_ACCEPTS = {
+    "method": f"one of {', '.join(UNIFORM_METHODS)}",
+    "budget": "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size",
+    "min_tokens": "a whole number of tokens from 1 up",
+    "window_size": "a whole number of tokens from 1 to 1024",
+    "pool_width": "an odd number of tokens from 1 to 63",
+    "sink_tokens": "a whole number of tokens from 0 up",
+    "scope": "'suffix' or 'prompt'",
+    "seed": "a whole number from 0 up",
+    "enabled": "true or false",
+}
+
+
+class KVCompressionError(ValueError):
+    """Settings that cannot be served. `reasons` holds one sentence for each bad value."""
+
+    def __init__(self, reasons: list[str], heading: str | None = None):
+        lines = [f"{heading}:", *reasons] if heading else ["; ".join(reasons)]
+        super().__init__("\n- ".join(lines))
+        self.reasons = reasons
+
+
+class KVCompressionConfig(BaseModel):
+    """What to keep of a prompt, and when. Frozen; equal in every process of a server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: str = "none"
+    # Fraction of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
+    budget: float = 0.25
+    # Suffixes shorter than this many tokens are served uncompressed.
+    min_tokens: int = Field(default=512, ge=1)
+    # Last prompt tokens whose queries score the suffix; their own entries are always kept.
+    window_size: int = Field(default=32, ge=1, le=1024)
+    # Width in tokens of the max-pool over SnapKV's scores.
+    pool_width: int = Field(default=7, ge=1, le=63)
+    # First suffix tokens that StreamingLLM keeps.
+    sink_tokens: int = Field(default=4, ge=0)
+    # suffix: a prefix matched in the radix tree stays exact and shared. prompt: all is compressed.
+    scope: Scope = "suffix"
+    # Seed of the random method, a baseline.
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method in RAGGED_METHODS:
+            raise ValueError(
+                "needs a different number of entries per layer and head, "
+                "which this version does not serve yet"
+            )
+        if method not in METHOD_CHOICES:
+            raise ValueError("unknown method")
+        return method
+
+    @field_validator("pool_width")
+    @classmethod
+    def _odd_pool_width(cls, pool_width: int) -> int:
+        if pool_width % 2 == 0:
+            raise ValueError("even")
+        return pool_width
+
+    @field_validator("budget")
+    @classmethod
+    def _fraction_or_tokens(cls, budget: float) -> float:
+        if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
+            raise ValueError("neither a fraction nor a number of tokens")
+        return budget
+
+    @model_validator(mode="after")
+    def _tokens_exceed_window(self) -> KVCompressionConfig:
+        if 1 < self.budget <= self.window_size:
+            raise ValueError(
+                f"budget={_plain(self.budget)}: a budget in tokens includes the observation "
+                f"window and must exceed window_size={self.window_size}"
+            )
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        return self.method != "none"
+
+    def kept_tokens(self, suffix_len: int, page_size: int) -> int:
+        """Slots that a suffix of `suffix_len` tokens is compressed to, a multiple of `page_size`.
+
+        At least window_size + 1, so that the window and one scored entry fit.
+        """
+        tokens = math.ceil(self.budget * suffix_len) if self.budget <= 1 else int(self.budget)
+        tokens = max(tokens, self.window_size + 1)
+        return -(-tokens // page_size) * page_size
+
+    @classmethod
+    def parse(
+        cls, values: Mapping[str, Any], display: Callable[[str], str] = str
+    ) -> KVCompressionConfig:
+        """Validate `values`; raises KVCompressionError with a sentence for every bad one.
+
+        `display` turns a field's name into what its user typed.
+        """
+        return _validate(cls, values, display)
+
+    def for_request(self, override: Any) -> KVCompressionConfig:
+        """The settings of one request: `custom_params["kv_compression"]` laid over the server's.
+
+        Raises KVCompressionError naming field, value and range.
+        """
+        if not isinstance(override, Mapping):
+            raise KVCompressionError(
+                [
+                    f"kv_compression={override!r}: accepts an object with any of "
+                    f"{', '.join(RequestOverride.model_fields)}"
+                ]
+            )
+        request = _validate(RequestOverride, override, "kv_compression.{}".format)
+        if not request.enabled:
+            return self.model_copy(update={"method": "none"})
+        changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
+        merged = {**self.model_dump(), **changed}
+        return _validate(type(self), merged, "kv_compression.{}".format)
+
+
+class RequestOverride(BaseModel):
+    """The keys a request may send in `custom_params["kv_compression"]`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    enabled: bool = True
+    method: Literal["snapkv", "streamingllm", "random"] | None = None
+    budget: float | None = None
+
+
+def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:
+    try:
+        return model(**values)
+    except ValidationError as error:
+        reasons = [_sentence(e, display, model) for e in error.errors()]
+        raise KVCompressionError(reasons) from None
+
+
+def _sentence(error: Any, display: Callable[[str], str], model: Any) -> str:
+    inner = error.get("ctx", {}).get("error")
+    if not error["loc"]:
+        return display(str(inner))
+    field = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields)
+        return f"{display(field)}={error['input']!r}: unknown field, accepts {known}"
+    why = f" ({inner})" if isinstance(inner, ValueError) else ""
+    return f"{display(field)}={_plain(error['input'])!r}: accepts {_ACCEPTS[field]}{why}"
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

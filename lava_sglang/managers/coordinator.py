@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compresses each request when the last chunk of its prefill has been launched.
+
+Not when its result is processed: with overlap scheduling the first decode step is scheduled
+before that. b is known on the host, so nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lava_sglang.attention.window import WindowCapture, WindowQueries
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.kernels.reference import copy_entries_ref
+from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
+from lava_sglang.mem_cache.positions import PositionDeltas
+from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
+from lava_sglang.metrics import CompressionStats, StreamTimer
+from lava_sglang.policy import METHODS, LayerView, Method, select
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def method_of(config: KVCompressionConfig) -> Method:
+    return METHODS[config.method](config)
+
+
+class KVCompressionCoordinator:
+    """One per scheduler. `attach` gives it the pools once SGLang has built them."""
+
+    def __init__(self) -> None:
+        self.capture = WindowCapture()
+        self.stats = CompressionStats()
+        self.positions: PositionDeltas | None = None
+
+    def attach(self, scheduler: Any) -> None:
+        self.stream = ForwardStream(scheduler)
+        self.tree_cache = scheduler.tree_cache
+        self.req_to_token_pool = scheduler.req_to_token_pool
+        self.kv_pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self.timer = StreamTimer(self.kv_pool.device)
+        self.positions = PositionDeltas(
+            self.req_to_token_pool.req_to_token.shape[0], self.kv_pool.device
+        )
+
+    def begin_extend(self, batch: ScheduleBatch) -> None:
+        """Before the launch: fix the plans, reset the rows, say which queries to stash."""
+        assert self.positions is not None
+        with self.stream:
+            self.positions.reset(batch.req_pool_indices)
+        batch_start = 0
+        for req in batch.reqs:
+            req.begin_prefill()
+            if req.plan is not None and method_of(req.compression).needs_queries:
+                if req.window is None:
+                    req.window = WindowQueries(
+                        self.kv_pool.layer_num, req.compression.window_size
+                    )
+                chunk = (req.prefix_len, req.extend_end)
+                self.capture.add(req.window, batch_start, chunk, req.plan.prompt_len)
+            batch_start += req.extend_len
+
+    def end_extend(self, batch: ScheduleBatch) -> None:
+        """After the launch: compress what finished its prefill. Mutates the batch's lengths."""
+        self.capture.segments.clear()
+        lengths: dict[int, int] = {}
+        for i, req in enumerate(batch.reqs):
+            if req.extend_end < len(req.full_untruncated_fill_ids):
+                continue  # a middle chunk
+            if req.plan is not None and req.to_finish is not None:
+                req.plan, req.skip_reason = None, SkipReason.ABORTED
+            if req.plan is not None and self._compress(req, req.plan):
+                lengths[i] = req.plan.compressed_len
+            req.window = None
+            self.stats.count(req)
+        if lengths:
+            _set_lengths(batch, lengths)
+
+    def _compress(self, req: LavaReq, plan: CompressionPlan) -> bool:
+        method = method_of(req.compression)
+        if method.needs_queries and (req.window is None or not req.window.complete):
+            logger.error("no window queries for %s: served uncompressed", req.rid)
+            req.skip_reason = SkipReason.NO_QUERIES
+            return False
+        slots = alloc_slots(self.tree_cache, plan.budget)
+        if slots is None:
+            req.skip_reason = SkipReason.NO_ROOM
+            return False
+        row = req.kv.req_pool_idx
+        # A snapshot: the tree may rewrite the row.
+        prompt_slots = self.req_to_token_pool.req_to_token[row, : plan.prompt_len].long()
+        self.stream.keep_alive(slots, prompt_slots)
+        with self.stream, self.timer:
+            assert self.positions is not None
+            kept = select(method, self._layers(req, plan, prompt_slots), plan.budget)
+            src_slots = prompt_slots[kept]  # [num_layers, num_kv_heads, b]
+            copy_entries_ref(self.kv_pool.k_buffer, src_slots, slots)
+            copy_entries_ref(self.kv_pool.v_buffer, src_slots, slots)
+            self.positions.set(row, plan.slots_freed)
+        self.stream.fence_row_writes()
+        swap_in_private_slots(req, self.tree_cache, plan.shared_prefix_len, slots)
+        req.compressed = True
+        return True
+
+    def _layers(
+        self, req: LavaReq, plan: CompressionPlan, prompt_slots: torch.Tensor
+    ) -> Iterator[LayerView]:
+        window = req.window
+        for layer in range(self.kv_pool.layer_num):
+            yield LayerView(
+                keys=self.kv_pool.k_buffer[layer][prompt_slots],
+                queries=None if window is None else window.layer(layer),
+                scaling=0.0 if window is None else window.scaling[layer],
+                shared_prefix_len=plan.shared_prefix_len,
+                window_size=req.compression.window_size,
+            )
+
+
+class ForwardStream:
+    """Enqueue work behind the forward pass that SGLang launched last.
+
+    With overlap scheduling the scheduler runs on one stream and forward passes on another; without
+    it, and on CPU, there is one queue and every method here does nothing.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.overlap = scheduler.enable_overlap and scheduler.device != "cpu"
+
+    def __enter__(self) -> None:
+        if self.overlap:
+            self.scheduler.forward_stream_ctx.__enter__()
+            self.scheduler.forward_stream.wait_stream(self.scheduler.schedule_stream)
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.overlap:
+            self.scheduler.forward_stream_ctx.__exit__(*exc)
+
+    def keep_alive(self, *tensors: torch.Tensor) -> None:
+        """Tensors made by the scheduler that work on this stream reads."""
+        if self.overlap:
+            for tensor in tensors:
+                tensor.record_stream(self.scheduler.forward_stream)
+
+    def fence_row_writes(self) -> None:
+        """Keep the scheduler's next writes to rows behind what the forward pass reads of them."""
+        if self.overlap:
+            self.scheduler._apply_war_barrier()
+
+
+def _set_lengths(batch: ScheduleBatch, lengths: dict[int, int]) -> None:
+    """New length tensors: the in-flight forward holds the old ones."""
+    seq_lens_cpu = batch.seq_lens_cpu.clone()
+    for i, length in lengths.items():
+        seq_lens_cpu[i] = length
+    batch.seq_lens_cpu = seq_lens_cpu
+    batch.seq_lens = seq_lens_cpu.to(
+        device=batch.seq_lens.device, dtype=batch.seq_lens.dtype, non_blocking=True
+    )
+    batch.seq_lens_sum = None

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's scheduler with compression: its extension points, overridden."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.managers.scheduler import Scheduler
+
+from lava_sglang import compat, plugin
+from lava_sglang.args import config_of
+from lava_sglang.managers.coordinator import KVCompressionCoordinator
+from lava_sglang.managers.output_streamer import LavaOutputStreamer
+from lava_sglang.managers.prefill_adder import LavaPrefillAdder
+from lava_sglang.managers.request import LavaReq
+from lava_sglang.metrics import PrometheusSeries, running_totals
+
+logger = logging.getLogger(__name__)
+
+
+class LavaScheduler(Scheduler):
+    """`Scheduler` (srt/managers/scheduler.py). With `--kv-compression none`, a stock one is made."""
+
+    def __new__(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if server_args.kv_compression == "none":
+            return cls.__base__(server_args, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        self.kv_compression_config = config_of(server_args)
+        self.kv_compression = KVCompressionCoordinator()
+        plugin.install_runtime_hooks(self)
+        super().__init__(server_args, *args, **kwargs)
+        compat.refuse(compat.scheduler_reasons(self))
+        self.kv_compression.attach(self)
+        if self.metrics_reporter.enable_metrics:
+            self.kv_compression.stats.prometheus = PrometheusSeries(self.metrics_collector.labels)
+        logger.info("KV compression: %s", self.kv_compression_config)
+
+    def _create_generation_req(self, recv_req: Any, *args: Any, **kwargs: Any) -> LavaReq:
+        return LavaReq(
+            *args, config=self.kv_compression_config, page_size=self.page_size, **kwargs
+        )
+
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not batch.forward_mode.is_extend():
+            return super().run_batch(batch, *args, **kwargs)
+        self.kv_compression.begin_extend(batch)
+        result = super().run_batch(batch, *args, **kwargs)
+        self.kv_compression.end_extend(batch)
+        return result
+
+    def get_prefill_adder_class(self) -> type[LavaPrefillAdder]:
+        return LavaPrefillAdder
+
+    def get_output_streamer_class(self) -> type[LavaOutputStreamer]:
+        return LavaOutputStreamer
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["kv_compression_stats"] = self.kv_compression.stats.snapshot(
+            self.running_batch.reqs
+        )
+        return output
+
+    def kv_compression_log_parts(self) -> list[str]:
+        """What the "Prefill batch" and "Decode batch" log lines add."""
+        running = running_totals(self.running_batch.reqs)
+        stats = self.kv_compression.stats
+        if stats.prometheus is not None:
+            stats.prometheus.observe(running, self.kv_compression.timer.take())
+        return [f"#kv-comp-req: {running[0]}", f"kv-comp slots saved: {running[1]}"]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where we touch SGLang 0.5.23, with the parameters we count on.
+
+`compat.seam_reasons` compares them with the installed SGLang before a server starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Seam(NamedTuple):
+    target: str  # dotted path below sglang
+    how: str  # replace, hook, override or call
+    parameters: tuple[str, ...]  # of the callable, in order
+    why: str
+
+
+_SCHEDULER = "srt.managers.scheduler.Scheduler"
+_REQ = "srt.managers.schedule_batch.Req"
+_ADDER = "srt.managers.schedule_policy.PrefillAdder"
+_STREAMER = "srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+_STATS = "srt.managers.scheduler_components.pool_stats_observer.PoolStats"
+_TREE = "srt.mem_cache.base_prefix_cache.BasePrefixCache"
+
+SERVER_ARGS = Seam(
+    "srt.server_args._rebuild_server_args",
+    "replace",
+    ("cls", "fields", "bookkeeping"),
+    "ServerArgs is sealed when imported: only a class in its place can add options",
+)
+VALIDATE = Seam(
+    "srt.arg_groups.serving_hook.handle_other_validations",
+    "hook",
+    ("server_args",),
+    "resolution hook: settings and features are checked before a process starts",
+)
+META_INFO = Seam(
+    "srt.managers.tokenizer_manager.TokenizerManager._accumulate_request_meta_info",
+    "hook",
+    ("meta_info", "state", "key", "values"),
+    "SGLang accumulates a list per key; ours is one object. No subclass point in 0.5.23",
+)
+ATTENTION = Seam(
+    "srt.layers.attention.attention_registry.attn_backend_wrapper",
+    "hook",
+    ("runner", "full_attn_backend"),
+    "the one place every backend passes; a registered name would replace the user's choice",
+)
+POSITIONS = Seam(
+    "srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+    "hook",
+    (
+        "batch",
+        "model_runner",
+        "capture_hidden_mode",
+        "return_hidden_states_before_norm",
+        "extend_position_info",
+        "spec_mrope_positions",
+        "kv_loc_plan",
+        "write_cols",
+    ),
+    "decode positions are derived from seq_lens here and nowhere else; no subclass point",
+)
+PREFILL_LOG = Seam(
+    f"{_STATS}.get_prefill_usage_msg_parts", "hook", ("self",), "the Prefill batch log line"
+)
+DECODE_LOG = Seam(
+    f"{_STATS}.get_decode_usage_msg_parts", "hook", ("self",), "the Decode batch log line"
+)
+
+SEAMS = (
+    SERVER_ARGS,
+    VALIDATE,
+    META_INFO,
+    ATTENTION,
+    POSITIONS,
+    PREFILL_LOG,
+    DECODE_LOG,
+    Seam(f"{_SCHEDULER}.__init__", "replace", ("self", "server_args", "port_args"), "the class"),
+    Seam(
+        f"{_SCHEDULER}.run_batch",
+        "override",
+        ("self", "batch", "pp_proxy_tensors"),
+        "compression happens when a forward pass has been launched",
+    ),
+    Seam(
+        f"{_SCHEDULER}._create_generation_req",
+        "override",
+        ("self", "recv_req", "args", "kwargs"),
+        "SGLang's extension point for request-local state",
+    ),
+    Seam(f"{_SCHEDULER}.get_prefill_adder_class", "override", ("self",), "extension point"),
+    Seam(f"{_SCHEDULER}.get_output_streamer_class", "override", ("self",), "extension point"),
+    Seam(f"{_SCHEDULER}.get_internal_state", "override", ("self", "recv_req"), "/server_info"),
+    Seam(f"{_SCHEDULER}._apply_war_barrier", "call", ("self",), "fences writes to rows"),
+    Seam(
+        f"{_REQ}._compute_max_prefix_len",
+        "override",
+        ("self", "input_len"),
+        "leaves the observation window to be prefilled",
+    ),
+    Seam(f"{_REQ}.reset_for_retract", "override", ("self",), "forgets the private copy"),
+    Seam(
+        f"{_REQ}.set_finish_with_abort",
+        "call",
+        ("self", "error_msg", "status_code", "err_type"),
+        "refuses a request with bad settings",
+    ),
+    Seam(
+        f"{_ADDER}._request_slot_reserve_for_req",
+        "override",
+        ("self", "req", "extend_input_len"),
+        "keeps room for the copy; the allocator's own method does not see the request",
+    ),
+    Seam(f"{_ADDER}.ceil_paged_tokens", "call", ("self", "tokens"), "rounds to pages"),
+    Seam(
+        f"{_STREAMER}.build_additional_customized_info",
+        "override",
+        ("self", "reqs"),
+        "extension point",
+    ),
+    Seam(
+        f"{_STREAMER}.is_request_level_customized_info_key",
+        "override",
+        ("self", "key"),
+        "extension point",
+    ),
+    Seam("srt.mem_cache.common.checkpoint_kv_cache", "call", ("req", "tree_cache"), "to the tree"),
+    Seam(
+        "srt.mem_cache.common.evict_from_tree_cache",
+        "call",
+        ("tree_cache", "num_tokens"),
+        "makes room for the copy",
+    ),
+    Seam(f"{_TREE}.free_kv_row", "call", ("self", "kv", "ranges"), "frees the unaligned tail"),
+    Seam(f"{_TREE}.match_prefix", "call", ("self", "params"), "finds the shared prefix's node"),
+    Seam(f"{_TREE}.lock", "call", ("self", "node"), "locks the shared prefix only"),
+    Seam(f"{_TREE}.unlock", "call", ("self", "lock"), "unlocks the exact suffix"),
+    Seam(
+        "srt.mem_cache.memory_pool.ReqToTokenPool.write",
+        "call",
+        ("self", "indices", "values"),
+        "puts the private slots into the row",
+    ),
+    Seam(
+        "srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.alloc",
+        "call",
+        ("self", "need_size"),
+        "takes b slots",
+    ),
+)

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owns the independent oracle: greedy decoding in transformers under per-KV-head keep masks.
+
+It shares no code with the plugin it judges. Nothing is evicted here: every prompt entry stays in
+memory at its true position, and a dropped entry is one whose attention score is minus infinity.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+ROUNDING_MARGIN = 5e-3
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt of I tokens after a full forward pass; decodes read it and never change it.
+
+    L layers, H KV heads, Q query heads, D head dim, w window tokens; every tensor is float32.
+    """
+
+    input_ids: list[int]
+    window_start: int
+    keys: Tensor  # [L, H, I, D], after RoPE
+    values: Tensor  # [L, H, I, D]
+    logits: Tensor  # [vocabulary], of the last prompt token
+    window_queries: Tensor  # [L, Q, w, D], after RoPE
+    window_attention: Tensor  # [L, Q, I], mean over the w window queries of the causal softmax
+    value_l1: Tensor  # [L, H, I], L1 norm of each value row
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decoded position: what the oracle would say, and what was said instead if forced."""
+
+    token: int  # argmax of the logits
+    margin: float  # best logit minus second best
+    fed: int  # the token the next step continues from: `token`, or the forced one
+    gap: float  # best logit minus the logit of `fed`; 0 when they agree
+
+
+class _Pass(Protocol):
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention output [q, Q, D] of query [Q, q, D] over key and value [H, q, D]."""
+
+
+class _PrefillPass:
+    """Attention of the whole prompt; records what a `Prefill` holds, layer by layer."""
+
+    def __init__(self, window: slice) -> None:
+        self.window = window
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.queries: list[Tensor] = []
+        self.attention: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.keys.append(key)
+        self.values.append(value)
+        self.queries.append(query[:, self.window].clone())
+        self.attention.append(_mean_window_attention(query, key, self.window, scale))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
+        )
+        return output[0].transpose(0, 1)
+
+
+class _DecodePass:
+    """Attention of one new token over kept prompt entries and every generated entry."""
+
+    def __init__(self, prefill: Prefill, keep: Tensor | None) -> None:
+        self.prefill = prefill
+        self.keep = keep
+        layers = prefill.keys.shape[0]
+        self.tail_keys: list[list[Tensor]] = [[] for _ in range(layers)]  # [H, 1, D] a token
+        self.tail_values: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.tail_keys[layer].append(key)
+        self.tail_values[layer].append(value)
+        heads, _, dim = key.shape
+        grouped = query.view(heads, -1, dim)  # [H, G, D]: query head h*G + g reads KV head h
+        prompt_scores = grouped @ self.prefill.keys[layer].transpose(1, 2) * scale  # [H, G, I]
+        if self.keep is not None:
+            prompt_scores.masked_fill_(~self.keep[layer][:, None, :], -math.inf)
+        tail_scores = grouped @ torch.cat(self.tail_keys[layer], dim=1).transpose(1, 2) * scale
+        weights = torch.cat([prompt_scores, tail_scores], dim=2).softmax(dim=2)
+        prompt_len = prompt_scores.shape[2]
+        output = weights[:, :, :prompt_len] @ self.prefill.values[layer]
+        output += weights[:, :, prompt_len:] @ torch.cat(self.tail_values[layer], dim=1)
+        return output.reshape(1, -1, dim)
+
+
+def _mean_window_attention(query: Tensor, key: Tensor, window: slice, scale: float) -> Tensor:
+    """[Q, I] from query [Q, I, D] and key [H, I, D]; each window query sees itself and before."""
+    prompt_len = key.shape[1]
+    group = query.shape[0] // key.shape[0]
+    positions = torch.arange(prompt_len)
+    future = positions[None, :] > positions[window, None]  # [w, I]
+    per_head = []
+    for head in range(query.shape[0]):
+        scores = query[head, window] @ key[head // group].T * scale
+        scores.masked_fill_(future, -math.inf)
+        per_head.append(scores.softmax(dim=1).mean(dim=0))
+    return torch.stack(per_head)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    oracle_pass: _Pass,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Adapts transformers' attention call (batch of one) to the pass in progress."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return oracle_pass.attend(layer, query[0], key[0], value[0], scaling)[None], None
+
+
+AttentionInterface.register("keep_mask_oracle", _attention)
+
+
+class Oracle:
+    """A Llama-family model directory, float32 on the CPU; `tokenizer` is None if it has none."""
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            dtype=torch.float32,
+            attn_implementation="keep_mask_oracle",
+            local_files_only=True,
+        ).eval()
+        has_tokenizer = (Path(model_dir) / "tokenizer_config.json").exists()
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir) if has_tokenizer else None
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Sequence[int], window_size: int, window_start: int | None = None
+    ) -> Prefill:
+        """Runs the prompt once, exactly. The window is `window_size` tokens from `window_start`,
+        by default the last ones."""
+        prompt_len = len(input_ids)
+        if prompt_len < 1:
+            raise ValueError(f"input_ids has {prompt_len} tokens, must have at least 1")
+        if not 1 <= window_size <= prompt_len:
+            raise ValueError(f"window_size is {window_size}, must be in [1, {prompt_len}]")
+        latest = prompt_len - window_size
+        start = latest if window_start is None else window_start
+        if not 0 <= start <= latest:
+            raise ValueError(f"window_start is {window_start}, must be in [0, {latest}]")
+
+        record = _PrefillPass(slice(start, start + window_size))
+        logits = self._forward(list(input_ids), 0, record)
+        values = torch.stack(record.values)
+        return Prefill(
+            input_ids=list(input_ids),
+            window_start=start,
+            keys=torch.stack(record.keys),
+            values=values,
+            logits=logits,
+            window_queries=torch.stack(record.queries),
+            window_attention=torch.stack(record.attention),
+            value_l1=torch.stack([layer.abs().sum(dim=2) for layer in values]),
+        )
+
+    @torch.no_grad()
+    def greedy(
+        self,
+        prefill: Prefill,
+        keep: Tensor | None,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] = (),
+        force: Sequence[int] | None = None,
+    ) -> list[Step]:
+        """Decodes up to `max_new_tokens` tokens, or to the first fed token in `eos_ids`.
+
+        keep: bool [L, H, I], the prompt entries that steps after the first attend to (None: all).
+        The first token comes from the exact prompt. The token of step s sits at position I + s.
+        force: tokens fed in place of the argmax, from step 0; after its end decoding is free.
+        """
+        forced = list(force or ())
+        if max_new_tokens < max(1, len(forced)):
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, must be at least {max(1, len(forced))}"
+            )
+        if keep is not None and (keep.dtype, keep.shape) != (torch.bool, prefill.value_l1.shape):
+            raise ValueError(
+                f"keep is {keep.dtype} {list(keep.shape)}, "
+                f"must be torch.bool {list(prefill.value_l1.shape)}"
+            )
+        decode = _DecodePass(prefill, keep)
+        logits = prefill.logits
+        steps: list[Step] = []
+        for index in range(max_new_tokens):
+            steps.append(_step(logits, forced[index] if index < len(forced) else None))
+            fed = steps[-1].fed
+            if fed in eos_ids or index + 1 == max_new_tokens:
+                break
+            logits = self._forward([fed], len(prefill.input_ids) + index, decode)
+        return steps
+
+    def _forward(self, tokens: list[int], position: int, oracle_pass: _Pass) -> Tensor:
+        """Logits [vocabulary] of the last of `tokens`, the first of which sits at `position`."""
+        output = self.model(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.arange(position, position + len(tokens))[None],
+            use_cache=False,
+            logits_to_keep=1,
+            oracle_pass=oracle_pass,
+        )
+        logits: Tensor = output.logits[0, -1]
+        return logits
+
+
+def _step(logits: Tensor, forced: int | None) -> Step:
+    best, second = logits.topk(2).values.tolist()
+    token = int(logits.argmax())
+    fed = token if forced is None else forced
+    return Step(token=token, margin=best - second, fed=fed, gap=best - float(logits[fed]))
+
+
+def snapkv_keep(
+    prefill: Prefill, prefix_len: int, budget: int, window_size: int, pool_width: int = 7
+) -> Tensor:
+    """SnapKV's choice of entries, bool [L, H, I]: `prefix_len + budget` in every head.
+
+    A suffix token's score is its window attention, max-pooled over `pool_width` neighbours in the
+    scored range [prefix_len, I - window_size), then averaged over the query heads of a KV head.
+    The prefix and the window are always kept; ties go to the lower index.
+    Source: SnapKV, arXiv 2404.14469.
+    """
+    layers, heads, prompt_len = prefill.value_l1.shape
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    if pool_width < 1 or pool_width % 2 == 0:
+        raise ValueError(f"pool_width is {pool_width}, must be odd and at least 1")
+    if prefill.window_start != prompt_len - window_size:
+        raise ValueError(
+            f"window_size is {window_size}, must be {prompt_len - prefill.window_start}, "
+            "the window that the prefill recorded"
+        )
+    group = prefill.window_attention.shape[1] // heads
+    window_start = prompt_len - window_size
+    keep = torch.zeros(layers, heads, prompt_len, dtype=torch.bool)
+    keep[:, :, :prefix_len] = True
+    keep[:, :, window_start:] = True
+    if budget == window_size:
+        return keep
+    for layer in range(layers):
+        for head in range(heads):
+            total = torch.zeros(window_start - prefix_len)
+            for query_head in range(head * group, (head + 1) * group):
+                attention = prefill.window_attention[layer, query_head, prefix_len:window_start]
+                total = total + torch.nn.functional.max_pool1d(
+                    attention[None], pool_width, stride=1, padding=pool_width // 2
+                ).squeeze(0)
+            order = torch.sort(total / group, descending=True, stable=True).indices
+            keep[layer, head, prefix_len + order[: budget - window_size]] = True
+    return keep
+
+
+def streamingllm_keep(
+    prefill: Prefill, prefix_len: int, budget: int, window_size: int, sinks: int = 4
+) -> Tensor:
+    """StreamingLLM's choice, bool [L, H, I]: the prefix, the first `sinks` tokens of the suffix and
+    the last `budget - sinks` of the prompt. Source: arXiv 2309.17453."""
+    prompt_len = len(prefill.input_ids)
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    if not 0 <= sinks <= budget - window_size:
+        raise ValueError(f"sinks is {sinks}, must be in [0, {budget - window_size}]")
+    keep = torch.zeros(prefill.value_l1.shape, dtype=torch.bool)
+    keep[:, :, : prefix_len + sinks] = True
+    keep[:, :, prompt_len - (budget - sinks) :] = True
+    return keep
+
+
+def _check_budget(prompt_len: int, prefix_len: int, budget: int, window_size: int) -> None:
+    if not 0 <= prefix_len < prompt_len:
+        raise ValueError(f"prefix_len is {prefix_len}, must be in [0, {prompt_len - 1}]")
+    suffix_len = prompt_len - prefix_len
+    if not 1 <= window_size <= suffix_len:
+        raise ValueError(f"window_size is {window_size}, must be in [1, {suffix_len}]")
+    if not window_size <= budget <= suffix_len:
+        raise ValueError(f"budget is {budget}, must be in [{window_size}, {suffix_len}]")
+
+
+def assert_same_tokens(
+    oracle_steps: Sequence[Step],
+    server_tokens: Sequence[int],
+    tolerance_margin: float = ROUNDING_MARGIN,
+) -> list[tuple[int, float]]:
+    """Asserts that every server token is the oracle's choice, up to float32 rounding.
+
+    oracle_steps: from `greedy(..., force=server_tokens)`, so each step saw the server's own past
+    and one near tie does not excuse what follows it.
+    Returns the excused steps as (step, gap): the oracle's best logit minus that of the server's
+    token, never less than the oracle's top-2 margin.
+    """
+    fed = [step.fed for step in oracle_steps]
+    assert fed == list(server_tokens), (
+        f"the oracle was fed {fed}, the server said {list(server_tokens)}: "
+        "decode the oracle with force=server_tokens"
+    )
+    excused = []
+    for index, step in enumerate(oracle_steps):
+        if step.fed == step.token:
+            continue
+        assert step.gap <= tolerance_margin, (
+            f"step {index}: the server said {step.fed}, the oracle {step.token}, "
+            f"whose logit is {step.gap:.6f} higher (tolerance {tolerance_margin})"
+        )
+        excused.append((index, step.gap))
+    return excused
