@@ -15,5 +15,7 @@ COPY patches patches
 COPY docker/install.sh docker/install.sh
 RUN --mount=type=cache,target=/root/.cache/pip docker/install.sh --into python3
 
+# Not here: Python would import the sources in place of the installed package.
+WORKDIR /workspace
 EXPOSE 30000
 CMD ["python3", "-m", "sglang.launch_server", "--help"]

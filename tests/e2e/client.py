@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sends prompts of token ids to a server's /generate route."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+Response = dict[str, Any]
+
+
+def generate(
+    url: str,
+    prompt: list[int],
+    max_new_tokens: int,
+    compression: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Response:
+    """Greedy, to `max_new_tokens` exactly. `compression` goes into custom_params."""
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    if compression is not None:
+        sampling["custom_params"] = {"kv_compression": compression}
+    sampling.update(fields.pop("sampling", {}))
+    body = {"input_ids": prompt, "sampling_params": sampling, **fields}
+    response = httpx.post(f"{url}/generate", json=body, timeout=600)
+    result: Response = response.json()
+    return result
+
+
+def generate_all(
+    url: str,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    compressions: Sequence[dict[str, Any] | None] | None = None,
+    parallel: int = 4,
+) -> list[Response]:
+    """One response per prompt, in order; `parallel` are in flight at a time."""
+    chosen = compressions or [None] * len(prompts)
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(
+            pool.map(lambda pair: generate(url, pair[0], max_new_tokens, pair[1]),
+                     zip(prompts, chosen, strict=True))
+        )
+
+
+def info(response: Response) -> dict[str, Any]:
+    found: dict[str, Any] = response["meta_info"]["kv_compression"]
+    return found
+
+
+def stats(url: str) -> dict[str, Any]:
+    state = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"][0]
+    found: dict[str, Any] = state["kv_compression_stats"]
+    return found
+
+
+def metric(url: str, name: str) -> float:
+    """Sum of a Prometheus series over its labels."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(name + "{")]
+    assert values, f"no series {name}"
+    return sum(float(value) for value in values)
