@@ -20,7 +20,7 @@ from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressio
 _DEFAULTS = KVCompressionConfig()
 
 
-class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg, misc]
+class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     """SGLang's `ServerArgs` (srt/server_args.py) plus the settings of KV compression."""
 
     kv_compression: A[

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class PrometheusSeries:
 
         names = list(labels)
         self.labels = labels
+        self._running: tuple[int, int] | None = None
         self.requests = PromCounter(
             "sglang:kv_compression_requests_total",
             "Requests by outcome: compressed, or the reason they were not.",
@@ -105,8 +106,10 @@ class PrometheusSeries:
 
     def observe(self, running: tuple[int, int], seconds: Iterable[float]) -> None:
         """running: what `running_totals` returned. seconds: compressions finished since."""
-        self.running.labels(**self.labels).set(running[0])
-        self.saved.labels(**self.labels).set(running[1])
+        if running != self._running:  # an idle server asks again and again
+            self._running = running
+            self.running.labels(**self.labels).set(running[0])
+            self.saved.labels(**self.labels).set(running[1])
         for value in seconds:
             self.seconds.labels(**self.labels).observe(value)
 
@@ -116,8 +119,8 @@ class StreamTimer:
 
     def __init__(self, device: str):
         self.on_device = not str(device).startswith("cpu")
-        self.pending: list[tuple[Any, Any]] = []
-        self.done: list[float] = []
+        # Bounded: ranks that log nothing take their times only when idle.
+        self.pending: deque[tuple[Any, Any]] = deque(maxlen=1024)
         self._start: Any = None
 
     def __enter__(self) -> None:
@@ -128,11 +131,10 @@ class StreamTimer:
 
     def take(self) -> list[float]:
         """Seconds of each span that has ended since the last call."""
+        done = []
         while self.pending and (not self.on_device or self.pending[0][1].query()):
-            start, end = self.pending.pop(0)
-            seconds = start.elapsed_time(end) / 1000 if self.on_device else end - start
-            self.done.append(seconds)
-        done, self.done = self.done, []
+            start, end = self.pending.popleft()
+            done.append(start.elapsed_time(end) / 1000 if self.on_device else end - start)
         return done
 
     def _mark(self) -> Any:

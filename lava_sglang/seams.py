@@ -93,6 +93,7 @@ SEAMS = (
     Seam(f"{_SCHEDULER}.get_prefill_adder_class", "override", ("self",), "extension point"),
     Seam(f"{_SCHEDULER}.get_output_streamer_class", "override", ("self",), "extension point"),
     Seam(f"{_SCHEDULER}.get_internal_state", "override", ("self", "recv_req"), "/server_info"),
+    Seam(f"{_SCHEDULER}.on_idle", "override", ("self",), "gauges go back to zero"),
     Seam(f"{_SCHEDULER}._apply_war_barrier", "call", ("self",), "fences writes to rows"),
     Seam(
         f"{_REQ}._compute_max_prefix_len",

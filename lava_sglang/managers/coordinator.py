@@ -62,9 +62,7 @@ class KVCompressionCoordinator:
             req.begin_prefill()
             if req.plan is not None and method_of(req.compression).needs_queries:
                 if req.window is None:
-                    req.window = WindowQueries(
-                        self.kv_pool.layer_num, req.compression.window_size
-                    )
+                    req.window = WindowQueries(self.kv_pool.layer_num, req.compression.window_size)
                 chunk = (req.prefix_len, req.extend_end)
                 self.capture.add(req.window, batch_start, chunk, req.plan.prompt_len)
             batch_start += req.extend_len

@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class LavaScheduler(Scheduler):
-    """`Scheduler` (srt/managers/scheduler.py). With `--kv-compression none`, a stock one is made."""
+    """`Scheduler` (srt/managers/scheduler.py). `--kv-compression none` makes a stock one."""
 
     def __new__(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
         if server_args.kv_compression == "none":
-            return cls.__base__(server_args, *args, **kwargs)
+            # Not by its name: the plugin has put this class behind it in every module.
+            stock: Any = cls.__base__
+            return stock(server_args, *args, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,9 +41,7 @@ class LavaScheduler(Scheduler):
         logger.info("KV compression: %s", self.kv_compression_config)
 
     def _create_generation_req(self, recv_req: Any, *args: Any, **kwargs: Any) -> LavaReq:
-        return LavaReq(
-            *args, config=self.kv_compression_config, page_size=self.page_size, **kwargs
-        )
+        return LavaReq(*args, config=self.kv_compression_config, page_size=self.page_size, **kwargs)
 
     def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend():
@@ -59,15 +59,27 @@ class LavaScheduler(Scheduler):
 
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
-        output.internal_state["kv_compression_stats"] = self.kv_compression.stats.snapshot(
-            self.running_batch.reqs
-        )
+        allocator = self.token_to_kv_pool_allocator
+        output.internal_state["kv_compression_stats"] = {
+            **self.kv_compression.stats.snapshot(self.running_batch.reqs),
+            "pool_slots": allocator.size,
+            "free_slots": allocator.available_size(),
+            "evictable_slots": self.tree_cache.evictable_size(),
+        }
         return output
+
+    def on_idle(self) -> None:
+        super().on_idle()
+        self._observe_kv_compression()
 
     def kv_compression_log_parts(self) -> list[str]:
         """What the "Prefill batch" and "Decode batch" log lines add."""
-        running = running_totals(self.running_batch.reqs)
-        stats = self.kv_compression.stats
-        if stats.prometheus is not None:
-            stats.prometheus.observe(running, self.kv_compression.timer.take())
+        running = self._observe_kv_compression()
         return [f"#kv-comp-req: {running[0]}", f"kv-comp slots saved: {running[1]}"]
+
+    def _observe_kv_compression(self) -> tuple[int, int]:
+        running = running_totals(self.running_batch.reqs)
+        seconds = self.kv_compression.timer.take()
+        if self.kv_compression.stats.prometheus is not None:
+            self.kv_compression.stats.prometheus.observe(running, seconds)
+        return running

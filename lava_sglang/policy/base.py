@@ -58,8 +58,6 @@ def select(method: Method, layers: Iterable[LayerView], budget: int) -> torch.Te
         best = top_entries_ref(method.score(layer), budget - layer.window_size)
         window = torch.arange(prompt_len - layer.window_size, prompt_len, device=best.device)
         kept.append(
-            torch.cat(
-                [best + layer.shared_prefix_len, window.expand(num_kv_heads, -1)], dim=-1
-            )
+            torch.cat([best + layer.shared_prefix_len, window.expand(num_kv_heads, -1)], dim=-1)
         )
     return torch.stack(kept)

@@ -39,8 +39,10 @@ def generate_all(
     chosen = compressions or [None] * len(prompts)
     with ThreadPoolExecutor(parallel) as pool:
         return list(
-            pool.map(lambda pair: generate(url, pair[0], max_new_tokens, pair[1]),
-                     zip(prompts, chosen, strict=True))
+            pool.map(
+                lambda pair: generate(url, pair[0], max_new_tokens, pair[1]),
+                zip(prompts, chosen, strict=True),
+            )
         )
 
 
@@ -61,3 +63,10 @@ def metric(url: str, name: str) -> float:
     values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(name + "{")]
     assert values, f"no series {name}"
     return sum(float(value) for value in values)
+
+
+def assert_no_leak(url: str) -> None:
+    """Invariant 3, for an idle server: free + evictable slots == the pool."""
+    found = stats(url)
+    assert found["free_slots"] + found["evictable_slots"] == found["pool_slots"], found
+    assert found["running_compressed_requests"] == 0

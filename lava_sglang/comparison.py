@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same prompts on one server with compression on and off: settings, server, two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.load import ConcurrencyResult, LoadProgress, measure_concurrency
+from lava_sglang.passages import Prompt, long_prompts, python_topics, text_files
+from lava_sglang.server_process import Server
+
+OFF = {"kv_compression": {"enabled": False}}
+CHUNKED_PREFILL_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Raises KVCompressionError for a bad method or budget."""
+
+    model_path: str  # folder or Hugging Face model id
+    text_dir: Path | None  # folder of .txt files; None: Python's own help
+    method: str
+    budget: float
+    requests: int
+    prompt_tokens: int
+    max_new_tokens: int
+    slots: int  # of the KV pool, one token each
+    port: int = 0
+    server_args: tuple[str, ...] = ()  # further ones, which win
+
+    def __post_init__(self) -> None:
+        values = {"method": self.method, "budget": self.budget}
+        KVCompressionConfig.parse(values, "--{}".format)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.budget:g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both runs of the same prompts."""
+
+    compressed: ConcurrencyResult
+    exact: ConcurrencyResult
+
+    @property
+    def ratio(self) -> float:
+        """How many times as many requests decoded at once with compression."""
+        return self.compressed.peak_decoding / max(self.exact.peak_decoding, 1)
+
+
+def server_options(settings: ComparisonSettings) -> list[str]:
+    """The server's command line, the same for both runs."""
+    options = {
+        "--model-path": settings.model_path,
+        "--kv-compression": settings.method,
+        "--kv-compression-budget": f"{settings.budget:g}",
+        "--max-total-tokens": settings.slots,
+        "--chunked-prefill-size": CHUNKED_PREFILL_SIZE,
+        # Used slots are published after every decode step, not every 15.
+        "--load-snapshot-publish-interval": 1,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, *_cpu_options(), *settings.server_args]
+
+
+def load_prompts(settings: ComparisonSettings) -> list[Prompt]:
+    """Takes seconds: imports transformers. Raises PassageError."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
+    texts = text_files(settings.text_dir) if settings.text_dir else python_topics()
+    return long_prompts(tokenizer, texts, settings.requests, settings.prompt_tokens)
+
+
+def run_prompts(
+    server: Server,
+    settings: ComparisonSettings,
+    prompts: list[Prompt],
+    compress: bool,
+    on_progress: Callable[[LoadProgress], None],
+) -> ConcurrencyResult:
+    """One of the two runs, from an empty radix tree. Raises LoadError."""
+    server.flush_cache()
+    return measure_concurrency(
+        server.url,
+        [prompt.input_ids for prompt in prompts],
+        custom_params=None if compress else OFF,
+        max_new_tokens=settings.max_new_tokens,
+        on_progress=on_progress,
+    )
+
+
+def _cpu_options() -> list[str]:
+    from lava_sglang.cpu_platform.platform import wants_cpu_engine
+
+    if not wants_cpu_engine([], {}):
+        return []
+    # A CPU without AMX multiplies bfloat16 several times slower than float32.
+    return ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle"]
