@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 
 
-def window_attention_ref(
-    queries: torch.Tensor, keys: torch.Tensor, scaling: float
-) -> torch.Tensor:
+def window_attention_ref(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
     """Mean causal attention that the last W tokens pay to each token of the prompt.
 
     queries: [W, num_qo_heads, head_dim], after RoPE, of the last W tokens.
@@ -61,3 +63,181 @@ def copy_entries_ref(
     heads = torch.arange(num_kv_heads, device=src_slots.device)
     for buffer, src in zip(buffers, src_slots.unbind(0), strict=True):
         buffer[dst_slots] = buffer[src.T, heads]  # [kept, num_kv_heads, head_dim]
+
+
+def ragged_decode_ref(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    layer: int,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    scaling: float,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`ragged_decode.ragged_decode`, one request and head at a time, in float32."""
+    entries = arena if kv_dtype is None else arena.view(kv_dtype)
+    num_kv_heads = arena.shape[3]
+    group = q.shape[1] // num_kv_heads
+    out = torch.zeros_like(q)
+    for i, row in enumerate(req_pool_indices.tolist()):
+        slots = req_to_token[row, : int(seq_lens[i])].long()
+        prefix_len, budget = int(prefix_lens[row]), int(budgets[row])
+        for head in range(num_kv_heads):
+            exact = slots
+            tape = slots.new_empty(0)
+            if budget:
+                exact = torch.cat([slots[:prefix_len], slots[prefix_len + budget :]])
+                column = layer * num_kv_heads + head
+                tape = torch.arange(*offsets[row, column : column + 2].tolist(), device=q.device)
+            column, place = tape // max(budget, 1), tape % max(budget, 1)
+            # [entries, 2, head_dim]
+            kv = torch.cat(
+                [
+                    entries[layer, :, exact, head].transpose(0, 1),
+                    entries[
+                        column // num_kv_heads, :, slots[prefix_len + place], column % num_kv_heads
+                    ],
+                ]
+            ).float()
+            k, v = kv[:, 0] * k_scale, kv[:, 1] * v_scale
+            q_heads = slice(head * group, (head + 1) * group)
+            if len(kv):
+                attention = (q[i, q_heads].float() @ k.T * scaling).softmax(-1)
+                out[i, q_heads] = (attention @ v).to(q.dtype)
+    return out
+
+
+def tape_owners_ref(offsets: torch.Tensor) -> torch.Tensor:
+    """The column (layer * num_kv_heads + head) that each tape place belongs to.
+
+    offsets: integer [columns + 1], non-decreasing from 0. Returns int64 [offsets[-1]].
+    """
+    columns = torch.arange(len(offsets) - 1, device=offsets.device)
+    return columns.repeat_interleave(offsets.diff())
+
+
+def compact_ref(
+    arena: torch.Tensor,
+    src_slots: torch.Tensor,
+    dst_slots: torch.Tensor,
+    tape_tokens: torch.Tensor,
+    offsets: torch.Tensor,
+) -> None:
+    """`compact.compact`, one layer of the tape at a time. Mutates `arena`."""
+    num_kv_heads, head_dim = arena.shape[3:]
+    budget = len(dst_slots)
+    owners = tape_owners_ref(offsets)
+    for layer, tape in enumerate(torch.arange(len(tape_tokens)).split(num_kv_heads * budget)):
+        slots = src_slots[tape_tokens[tape].long()]
+        owner = owners[tape]
+        kept = arena[owner // num_kv_heads, :, slots, owner % num_kv_heads]
+        # [2, budget, num_kv_heads, head_dim]
+        arena[layer][:, dst_slots] = kept.view(num_kv_heads, budget, 2, head_dim).permute(
+            2, 1, 0, 3
+        )
+
+
+def value_norm_ref(values: torch.Tensor) -> torch.Tensor:
+    """The largest L1 norm of a head's values. [tokens, num_kv_heads, head_dim] -> [num_kv_heads]."""
+    return values.float().abs().sum(dim=-1).amax(dim=0)
+
+
+def lava_scores_ref(
+    queries: torch.Tensor,
+    arena: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    shared_prefix_len: int,
+    window_size: int,
+    scaling: float | torch.Tensor,
+    *,
+    pool_width: int = 7,
+    group_reduce: str = "max",
+    value_norm: bool = True,
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`window_scores.window_scores`, one layer at a time.
+
+    Source: LAVa, arXiv 2509.09754: attention of the window, max-pooled, reduced over the
+    query heads of a group, times the head's value norm.
+    """
+    entries = arena if kv_dtype is None else arena.view(kv_dtype)
+    num_layers, _, _, num_kv_heads, _ = arena.shape
+    scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
+    scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
+    scores = []
+    for layer in range(num_layers):
+        attention = window_attention_ref(
+            queries[layer], entries[layer, 0, prompt_slots], scales[layer]
+        )
+        pooled = max_pool_ref(attention[:, scored], pool_width)
+        grouped = pooled.view(num_kv_heads, -1, pooled.shape[-1])
+        score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
+        if value_norm:
+            score = score * value_norm_ref(entries[layer, 1, prompt_slots[scored]])[:, None]
+        scores.append(score)
+    return torch.stack(scores)
+
+
+def layer_entropy_ref(scores: torch.Tensor) -> torch.Tensor:
+    """How evenly a layer's scores are spread over its heads and tokens: 0 one entry, 1 all equal.
+
+    scores: float32 [num_layers, num_kv_heads, tokens], non-negative. Returns float32 [num_layers];
+    0 where all scores are 0 or there is one entry. Source: LAVa, arXiv 2509.09754.
+    """
+    flat = scores.flatten(1)
+    total = flat.sum(dim=1, keepdim=True)
+    share = flat / total.where(total > 0, 1.0)
+    return torch.special.entr(share).sum(dim=1) / math.log(max(flat.shape[1], 2))
+
+
+def layer_split_ref(weights: list[float], total: int, cap: int) -> list[int]:
+    """`layer_split.layer_split`, seat by seat in exact arithmetic.
+
+    Each seat goes to the layer with the largest weight / (2 * seats + 1), ties to the lower.
+    """
+    shares = [max(1, min(round(Fraction(w) * 2**30), 2**30)) for w in weights]
+    queue = [(-Fraction(share), layer) for layer, share in enumerate(shares)]
+    heapq.heapify(queue)
+    seats = [0] * len(weights)
+    for _ in range(total):
+        _, layer = heapq.heappop(queue)
+        seats[layer] += 1
+        if seats[layer] < cap:
+            heapq.heappush(queue, (-Fraction(shares[layer], 2 * seats[layer] + 1), layer))
+    return seats
+
+
+def select_ref(
+    scores: torch.Tensor,
+    layer_counts: torch.Tensor,
+    first_token: int,
+    window_size: int,
+    head_floor: int | torch.Tensor = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`select.select` by stable sorts, one layer at a time. Returns (counts, offsets, tokens)."""
+    num_layers, num_kv_heads, num_scored = scores.shape
+    floors = torch.as_tensor(head_floor).expand(num_layers).tolist()
+    window = torch.arange(window_size) + first_token + num_scored
+    counts, tape = [], []
+    for layer, count in enumerate(layer_counts.tolist()):
+        floor = min(floors[layer], count // num_kv_heads, num_scored)
+        kept = torch.zeros(num_kv_heads, num_scored, dtype=torch.bool)
+        best = scores[layer].sort(dim=-1, descending=True, stable=True).indices
+        kept.scatter_(1, best[:, :floor], True)
+        order = scores[layer].flatten().sort(descending=True, stable=True).indices
+        rest = order[~kept.flatten()[order]]
+        kept.view(-1)[rest[: count - num_kv_heads * floor]] = True
+        for head in range(num_kv_heads):
+            tokens = torch.cat([kept[head].nonzero().flatten() + first_token, window])
+            counts.append(len(tokens))
+            tape.append(tokens)
+    n = torch.tensor(counts, dtype=torch.int32)
+    offsets = torch.cat([n.new_zeros(1), n.cumsum(0, dtype=torch.int32)])
+    return n.view(num_layers, num_kv_heads), offsets, torch.cat(tape).int()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lava_sglang import __version__
-from lava_sglang.config import UNIFORM_METHODS, KVCompressionError
+from lava_sglang.comparison import ComparisonSettings
+from lava_sglang.config import KVCompressionError
 from lava_sglang.patching import add_patch_command
 
 
@@ -34,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_demo(commands)
+    _add_serve(commands)
     _add_demo_model(commands)
     add_patch_command(commands)
     return parser
@@ -59,19 +61,23 @@ def _add_demo(commands: Any) -> None:
         description="Start a server, send long real prompts at the same time with compression on "
         "and off, print the answers and how many requests decoded at once, stop the server.",
     )
-    # Everything has its default in its help but the model, which has none.
-    add: Any = parser.add_argument
-    add("--model-path", required=True, help="folder or Hugging Face model id")
-    add("--text-dir", type=Path, help="take the texts from its .txt files (Python's own help)")
-    add("--method", choices=UNIFORM_METHODS, default="snapkv", help="what to keep (%(default)s)")
-    add("--budget", type=float, default=0.125, help="part of the prompt to keep (%(default)s)")
-    add("--requests", type=int, default=10, help="prompts sent at once (%(default)s)")
-    add("--prompt-tokens", type=int, default=2000, help="tokens of each prompt (%(default)s)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (%(default)s)")
-    add("--slots", type=int, default=4096, help="size of the KV pool in tokens (%(default)s)")
-    add("--port", type=int, default=0, help="port of the server (a free one)")
-    add("server_args", nargs="*", metavar="-- OPTION", help="further options of the server")
+    ComparisonSettings.add_arguments(parser, requests=8)
     parser.set_defaults(run=_demo)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start a server and say how to ask it",
+        description="Run `python -m sglang.launch_server` in the foreground, with the options a "
+        "machine without a GPU needs, and print a curl line once it is ready.",
+    )
+    parser.add_argument("--model-path", required=True, help="folder or Hugging Face model id")
+    parser.add_argument("--port", type=int, default=30000, help="port of 127.0.0.1 (%(default)s)")
+    parser.add_argument(
+        "server_args", nargs="*", metavar="-- OPTION", help="further options of the server"
+    )
+    parser.set_defaults(run=_serve)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -92,22 +98,30 @@ def _demo_model(args: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from lava_sglang import serve
+    from lava_sglang.server_process import ServerError
+
+    _stop_on_sigterm()
+    try:
+        serve.run(args.model_path, args.port, args.server_args)
+    except (ServerError, OSError) as error:
+        return _fail("serve", error)
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     import httpx
     from rich.console import Console
 
     from lava_sglang import demo
-    from lava_sglang.comparison import ComparisonSettings
     from lava_sglang.load import LoadError
     from lava_sglang.passages import PassageError
     from lava_sglang.server_process import ServerError
 
-    # Leave by an exception, so that the server is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    values = {name: value for name, value in vars(args).items() if name != "run"}
+    _stop_on_sigterm()
     try:
-        settings = ComparisonSettings(**values | {"server_args": tuple(args.server_args)})
-        demo.run(settings, Console())
+        demo.run(ComparisonSettings.from_arguments(args), Console())
     except (
         KVCompressionError,
         PassageError,
@@ -118,6 +132,11 @@ def _demo(args: argparse.Namespace) -> int:
     ) as error:
         return _fail("demo", error)
     return 0
+
+
+def _stop_on_sigterm() -> None:
+    """Leave by an exception, so that the server is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _fail(command: str, error: Exception) -> int:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lava_sglang.config import KVCompressionConfig
+from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
 from lava_sglang.load import ConcurrencyResult, LoadProgress, measure_concurrency
 from lava_sglang.passages import Prompt, long_prompts, python_topics, text_files
-from lava_sglang.server_process import Server
+from lava_sglang.server_process import Server, machine_options
 
 OFF = {"kv_compression": {"enabled": False}}
 CHUNKED_PREFILL_SIZE = 1024
@@ -28,12 +29,35 @@ class ComparisonSettings:
     prompt_tokens: int
     max_new_tokens: int
     slots: int  # of the KV pool, one token each
-    port: int = 0
-    server_args: tuple[str, ...] = ()  # further ones, which win
+    port: int  # 0: a free one
+    server_args: tuple[str, ...]  # further ones, which win
 
     def __post_init__(self) -> None:
         values = {"method": self.method, "budget": self.budget}
         KVCompressionConfig.parse(values, "--{}".format)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser, requests: int) -> None:
+        """One option per setting; `requests` is the default of theirs."""
+        add = parser.add_argument
+        add("--model-path", required=True, help="folder or Hugging Face model id")
+        add("--text-dir", type=Path, help="take the texts from its .txt files (Python's own help)")
+        add(
+            "--method", choices=UNIFORM_METHODS, default="snapkv", help="what to keep (%(default)s)"
+        )
+        add("--budget", type=float, default=0.125, help="part of the prompt to keep (%(default)s)")
+        add("--requests", type=int, default=requests, help="prompts sent at once (%(default)s)")
+        add("--prompt-tokens", type=int, default=2000, help="tokens of each prompt (%(default)s)")
+        add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (%(default)s)")
+        add("--slots", type=int, default=4096, help="size of the KV pool in tokens (%(default)s)")
+        add("--port", type=int, default=0, help="port of the server (a free one)")
+        add("server_args", nargs="*", metavar="-- OPTION", help="further options of the server")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> ComparisonSettings:
+        """From what `add_arguments` has parsed; other attributes are ignored."""
+        values = {field.name: getattr(arguments, field.name) for field in fields(cls)}
+        return cls(**values | {"server_args": tuple(arguments.server_args)})
 
     @property
     def label(self) -> str:
@@ -65,15 +89,15 @@ def server_options(settings: ComparisonSettings) -> list[str]:
         "--load-snapshot-publish-interval": 1,
     }
     words = [str(word) for pair in options.items() for word in pair]
-    return [*words, *_cpu_options(), *settings.server_args]
+    return [*words, *machine_options(), *settings.server_args]
 
 
 def load_prompts(settings: ComparisonSettings) -> list[Prompt]:
     """Takes seconds: imports transformers. Raises PassageError."""
+    texts = text_files(settings.text_dir) if settings.text_dir else python_topics()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
-    texts = text_files(settings.text_dir) if settings.text_dir else python_topics()
     return long_prompts(tokenizer, texts, settings.requests, settings.prompt_tokens)
 
 
@@ -93,12 +117,3 @@ def run_prompts(
         max_new_tokens=settings.max_new_tokens,
         on_progress=on_progress,
     )
-
-
-def _cpu_options() -> list[str]:
-    from lava_sglang.cpu_platform.platform import wants_cpu_engine
-
-    if not wants_cpu_engine([], {}):
-        return []
-    # A CPU without AMX multiplies bfloat16 several times slower than float32.
-    return ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle"]

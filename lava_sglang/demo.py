@@ -52,7 +52,9 @@ def run(settings: ComparisonSettings, console: Console) -> None:
 
 
 def _start(settings: ComparisonSettings, console: Console) -> Server:
-    server = Server(server_options(settings), port=settings.port)
+    # The warnings of what SGLang imports would hide its progress.
+    quiet = {"PYTHONWARNINGS": "ignore"}
+    server = Server(server_options(settings), port=settings.port, env=quiet)
     console.print(Text(" ".join(["$", "python", *server.command[1:]]), style="dim"))
     with live(console) as show:
 
@@ -76,8 +78,7 @@ def _run(
     with live(console) as show:
 
         def progress(now: LoadProgress) -> None:
-            line = _line(now, settings)
-            show(_picture(name, prompts, now, line), f"{name}: {line}")
+            show(_picture(name, prompts, now), f"{name}, {now}")
 
         result = run_prompts(server, settings, prompts, compress, progress)
     console.print(
@@ -90,13 +91,7 @@ def _run_name(settings: ComparisonSettings, compress: bool) -> str:
     return f"With {settings.label}" if compress else "Without compression"
 
 
-def _line(now: LoadProgress, settings: ComparisonSettings) -> str:
-    counts = ", ".join(f"{now.count(state)} {state}" for state in _STATE_STYLES)
-    slots = f"{now.used_slots:,} of {settings.slots:,} slots held"
-    return f"{now.seconds:.0f} s, {counts}, {slots}"
-
-
-def _picture(name: str, prompts: list[Prompt], now: LoadProgress, line: str) -> RenderableType:
+def _picture(name: str, prompts: list[Prompt], now: LoadProgress) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right")
     table.add_column("text", no_wrap=True)
@@ -107,7 +102,7 @@ def _picture(name: str, prompts: list[Prompt], now: LoadProgress, line: str) -> 
         state = Text(request.state, style=_STATE_STYLES[request.state])
         end = " ".join(request.text.split())[-50:]
         table.add_row(str(number), prompt.title, state, str(request.tokens), Text(end))
-    return Group(Text(f"\n{name}: {line}", style="bold", no_wrap=True), table)
+    return Group(Text(f"\n{name}, {now}", style="bold", no_wrap=True), table)
 
 
 def _answers(prompts: list[Prompt], comparison: Comparison) -> RenderableType:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 SAMPLE_SECONDS = 0.2
+STATES = ("waiting", "decoding", "done")
 
 
 class LoadError(RuntimeError):
@@ -62,15 +63,19 @@ class RequestTrace:
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """What a run looks like at one moment."""
+    """What a run looks like at one moment; as a string, one line."""
 
     seconds: float
     requests: Sequence[RequestTrace]
     used_slots: int
 
     def count(self, state: str) -> int:
-        """Requests that are "waiting", "decoding" or "done"."""
+        """Requests that are in `state`, one of STATES."""
         return sum(request.state == state for request in self.requests)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{self.count(state)} {state}" for state in STATES)
+        return f"{self.seconds:.0f} s: {counts}; {self.used_slots:,} slots held"
 
 
 @dataclass(frozen=True)

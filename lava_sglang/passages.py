@@ -63,6 +63,8 @@ def long_prompts(
     tokenizer: of transformers. The first passages of all texts come first, then the second ones.
     Raises PassageError if the texts are too short.
     """
+    if count < 1:
+        raise PassageError(f"--requests={count}: accepts a whole number from 1 up")
     before, after = _around_passage(tokenizer)
     size = num_tokens - len(before) - len(after)
     if size < 1:
@@ -106,5 +108,6 @@ def _around_passage(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    # Not verbose: a whole text is longer than the model's context, which a passage is not.
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     return ids

@@ -30,7 +30,9 @@ def live(console: Console) -> Iterator[Show]:
         nonlocal shown
         if time.monotonic() - shown >= LINE_SECONDS:
             shown = time.monotonic()
-            console.print(Text(line, no_wrap=True, overflow="ellipsis"))
+            text = Text(line)
+            text.truncate(console.width, overflow="ellipsis")
+            console.print(text)
             console.file.flush()
 
     yield show

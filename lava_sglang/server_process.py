@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 LAUNCH = (sys.executable, "-m", "sglang.launch_server")
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.25
 
 Progress = Callable[[float, str], None]
 """Called while the server starts: seconds since its start, the last line of its log."""
@@ -40,6 +40,16 @@ def free_port() -> int:
         return port
 
 
+def machine_options() -> list[str]:
+    """The options of SGLang that a machine without an accelerator needs; none on others."""
+    from lava_sglang.cpu_platform.platform import wants_cpu_engine
+
+    if not wants_cpu_engine([], os.environ):
+        return []
+    # A CPU without AMX multiplies bfloat16 several times slower than float32.
+    return ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle"]
+
+
 class Server:
     """`python -m sglang.launch_server ARGS` as a process group of its own, for a `with` block.
 
@@ -54,7 +64,7 @@ class Server:
         env: added to this process's environment.
         start_seconds: how long it may take to be ready.
         stop_seconds: how long it may take to finish by itself before it is killed.
-        progress: called about twice a second until the server is ready.
+        progress: called several times a second until the server is ready.
         command: what `args` are appended to.
     """
 
@@ -124,6 +134,10 @@ class Server:
         finally:
             _kill_group(process.pid)
             process.wait()
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def log_tail(self, lines: int = 20) -> list[str]:
         """The last lines of the log, blank ones dropped."""
