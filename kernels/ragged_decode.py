@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention where each head reads its own number of entries: prefix, tape piece, tail.
+
+Flash-decoding in two kernels. `_attend` gives each program one chunk of one head's entries and
+leaves a normalised partial output with its log-sum-exp; `_merge` adds the partials up. A chunk is
+sized so that all heads of the batch together fill the device once: a long head gets more of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lava_sglang.kernels.arena import (
+    check_arena,
+    entry_offset,
+    load_entries,
+    loadable,
+    typed_arena,
+)
+from lava_sglang.kernels.reference import ragged_decode_ref
+
+LOG2E = 1.4426950408889634
+MIN_SPLITS = 4
+MERGE_SPLITS = 16  # most partials per iteration of the merge
+
+
+class DecodeWorkspace:
+    """Scratch of `ragged_decode` at fixed addresses, so that a CUDA graph may capture it.
+
+    One serves all layers of a model, one after the other.
+    """
+
+    def __init__(
+        self,
+        max_bs: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        *,
+        num_programs: int | None = None,
+        max_splits: int = 64,
+        min_chunk: int = 128,
+    ):
+        """
+        max_bs: largest batch. max_splits: most chunks of one head, a power of two from 4.
+        num_programs: chunks wanted over the whole batch; default 4 for each multiprocessor.
+        min_chunk: entries below which a head is not split further.
+        """
+        assert max_splits >= MIN_SPLITS and max_splits & (max_splits - 1) == 0, (
+            f"max_splits={max_splits}: a power of two from {MIN_SPLITS} up"
+        )
+        if num_programs is None:
+            num_programs = 4 * _multiprocessors(torch.device(device))
+        self.max_bs = max_bs
+        self.num_qo_heads = num_qo_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_programs = num_programs
+        self.max_splits = max_splits
+        self.min_chunk = min_chunk
+        rows = max(bs * self.splits(bs) for bs in range(1, max_bs + 1)) * num_qo_heads
+        self.partial = torch.empty(rows * head_dim, dtype=torch.float32, device=device)
+        self.lse = torch.empty(rows, dtype=torch.float32, device=device)
+
+    def splits(self, bs: int) -> int:
+        """Chunks that a head may have in a batch of `bs`: a constant of the captured graph.
+
+        Four times the mean share, since heads differ in length; unused ones exit at once.
+        """
+        share = triton.cdiv(4 * self.num_programs, bs * self.num_kv_heads)
+        return min(self.max_splits, max(MIN_SPLITS, triton.next_power_of_2(share)))
+
+
+def ragged_decode(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    layer: int,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor | None = None,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    kv_dtype: torch.dtype | None = None,
+    workspace: DecodeWorkspace,
+) -> torch.Tensor:
+    """Attention of one new token per request, over what each of its heads keeps.
+
+    q: [bs, num_qo_heads, head_dim] fp16, bf16 or fp32, after RoPE; the batch stride is free.
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim], K and V, in q's dtype or fp8.
+    req_to_token: int32 [rows, max_context_len], slots of each request in order.
+    req_pool_indices: [bs] integer, the row of each request.
+    seq_lens: [bs] integer, physical lengths P + b + tail, the new token included.
+    prefix_lens: int32 [rows], P: exact entries before the tape.
+    budgets: int32 [rows], b: slots of the tape; 0 where uncompressed, then all of the row is read.
+    offsets: int32 [rows, num_layers * num_kv_heads + 1], first tape place of each (layer, head).
+    scaling: factor on the logits. k_scale, v_scale: what the entries were divided by (fp8).
+    kv_dtype: dtype of the entries where the arena is uint8.
+    workspace: made for this model and at least this batch. Mutated.
+    out: [bs, num_qo_heads, head_dim] contiguous, allocated if None. Mutated.
+    Returns `out`. A head without entries gives zeros. Reads nothing back to the host.
+    """
+    run = ragged_decode_triton if q.is_cuda else _on_cpu
+    return run(
+        q, arena, layer, req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets,
+        scaling, out, k_scale=k_scale, v_scale=v_scale, kv_dtype=kv_dtype, workspace=workspace,
+    )  # fmt: skip
+
+
+def ragged_decode_triton(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    layer: int,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor | None = None,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    kv_dtype: torch.dtype | None = None,
+    workspace: DecodeWorkspace,
+) -> torch.Tensor:
+    """`ragged_decode` by the Triton kernels."""
+    arena = typed_arena(arena, kv_dtype)
+    num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
+    bs, num_qo_heads, _ = q.shape
+    group = num_qo_heads // num_kv_heads
+    assert q.shape[2] == head_dim and q.stride()[1:] == (head_dim, 1), (q.shape, q.stride())
+    assert q.dtype in (torch.float16, torch.bfloat16, torch.float32), q.dtype
+    assert arena.dtype == q.dtype or arena.dtype.itemsize == 1, (arena.dtype, q.dtype)
+    assert num_qo_heads == group * num_kv_heads and group <= 16, (num_qo_heads, num_kv_heads)
+    assert 0 <= layer < num_layers, f"layer={layer} of {num_layers}"
+    assert 0 < bs <= workspace.max_bs, f"bs={bs}: the workspace holds {workspace.max_bs}"
+    assert (workspace.num_qo_heads, workspace.head_dim) == (num_qo_heads, head_dim)
+    assert workspace.num_kv_heads == num_kv_heads
+    assert req_pool_indices.shape == seq_lens.shape == (bs,)
+    assert req_pool_indices.is_contiguous() and seq_lens.is_contiguous()
+    assert req_to_token.dtype == offsets.dtype == prefix_lens.dtype == budgets.dtype == torch.int32
+    assert offsets.shape[1] == num_layers * num_kv_heads + 1, offsets.shape
+    assert req_to_token.stride(1) == offsets.stride(1) == 1
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert out.shape == q.shape and out.is_contiguous(), (out.shape, out.stride())
+
+    data, e4m3_bits, factor = loadable(arena)
+    splits = workspace.splits(bs)
+    block_d = triton.next_power_of_2(head_dim)
+    _attend[(bs, num_kv_heads, splits)](
+        q,
+        data,
+        workspace.partial,
+        workspace.lse,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        prefix_lens,
+        budgets,
+        offsets,
+        scaling * k_scale * factor * LOG2E,
+        bs,
+        layer,
+        slots,
+        workspace.min_chunk,
+        workspace.num_programs,
+        q.stride(0),
+        req_to_token.stride(0),
+        offsets.stride(0),
+        H=num_kv_heads,
+        G=group,
+        D=head_dim,
+        SPLITS=splits,
+        BLOCK_BS=max(128, triton.next_power_of_2(bs)),
+        BLOCK_G=16,
+        BLOCK_D=block_d,
+        # Entries per iteration: 16 KB of K and V at head_dim 128. float32 spills with 32.
+        BLOCK_N=16 if q.dtype == torch.float32 else 32,
+        E4M3_BITS=e4m3_bits,
+        num_warps=4,
+        num_stages=2,
+    )
+    _merge[(bs, num_qo_heads)](
+        workspace.partial,
+        workspace.lse,
+        out,
+        v_scale * factor,
+        HQ=num_qo_heads,
+        D=head_dim,
+        SPLITS=splits,
+        BLOCK_S=min(splits, MERGE_SPLITS),
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return out
+
+
+def _on_cpu(
+    *args: object, out: torch.Tensor | None, workspace: DecodeWorkspace, **scales: object
+) -> torch.Tensor:
+    result = ragged_decode_ref(*args, **scales)
+    return result if out is None else out.copy_(result)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit(do_not_specialize=["bs", "layer", "slots", "min_chunk", "num_programs"])
+def _attend(
+    q_ptr,  # [bs, H * G, D]
+    arena_ptr,
+    partial_ptr,  # float32 [bs, H * G, SPLITS, D]
+    lse_ptr,  # float32 [bs, H * G, SPLITS], base 2
+    req_to_token_ptr,
+    req_pool_indices_ptr,
+    seq_lens_ptr,
+    prefix_lens_ptr,
+    budgets_ptr,
+    offsets_ptr,
+    qk_scale,  # to the base-2 logarithm
+    bs,
+    layer,
+    slots,
+    min_chunk,
+    num_programs,
+    q_stride,
+    row_stride,
+    offsets_stride,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_BS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E4M3_BITS: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2).to(tl.int64)
+    row = tl.load(req_pool_indices_ptr + request).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + request).to(tl.int32)
+    prefix_len = tl.load(prefix_lens_ptr + row)
+    budget = tl.load(budgets_ptr + row)
+
+    # The head reads [0, prefix_len) of the row, [piece, piece + kept) of the tape, then the tail.
+    own_column = layer * H + kv_head
+    piece_ptr = offsets_ptr + row * offsets_stride + own_column
+    piece = tl.load(piece_ptr)
+    kept = tl.where(budget > 0, tl.load(piece_ptr + 1) - piece, 0)
+    total = tl.maximum(seq_len - budget + kept, 0)
+
+    begin, end = _chunk(
+        split, total, seq_lens_ptr, bs, min_chunk, num_programs, H, SPLITS, BLOCK_BS, BLOCK_N
+    )
+    g = tl.arange(0, BLOCK_G)
+    q_head = kv_head.to(tl.int64) * G + g
+    partial = (request * (H * G) + q_head) * SPLITS + split
+    if begin >= end:
+        tl.store(lse_ptr + partial, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=g < G)
+        return
+
+    d = tl.arange(0, BLOCK_D)
+    head_mask = (g < G)[:, None] & (d < D)[None, :]
+    q = tl.load(
+        q_ptr + request * q_stride + q_head[:, None] * D + d[None, :], mask=head_mask, other=0.0
+    )
+    v_plane = slots.to(tl.int64) * (H * D)
+    row_ptr = req_to_token_ptr + row * row_stride
+    columns_are = tl.maximum(budget, 1)  # places long
+    top = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        entry = start + tl.arange(0, BLOCK_N)
+        live = entry < end
+        on_tape = (entry >= prefix_len) & (entry < prefix_len + kept)
+        place = piece + (entry - prefix_len)
+        position = tl.where(
+            on_tape,
+            prefix_len + place % columns_are,
+            tl.where(entry < prefix_len, entry, entry - kept + budget),
+        )
+        column = tl.where(on_tape, place // columns_are, own_column)
+        slot = tl.load(row_ptr + position, mask=live, other=0).to(tl.int64)
+        k_offset = entry_offset(column // H, slot, column % H, slots, H, D)
+        k = load_entries(arena_ptr, k_offset, live, D, BLOCK_D, E4M3_BITS, q.dtype)
+        v = load_entries(arena_ptr, k_offset + v_plane, live, D, BLOCK_D, E4M3_BITS, q.dtype)
+
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+        logits = tl.where(live[None, :], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        rescale = tl.exp2(top - new_top)
+        p = tl.exp2(logits - new_top[:, None])
+        weight = weight * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
+        top = new_top
+
+    tl.store(lse_ptr + partial, top + tl.log2(weight), mask=g < G)
+    tl.store(
+        partial_ptr + partial[:, None] * D + d[None, :], acc / weight[:, None], mask=head_mask
+    )
+
+
+@triton.jit
+def _chunk(
+    split,
+    total,
+    seq_lens_ptr,
+    bs,
+    min_chunk,
+    num_programs,
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_BS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Entries [begin, end) of a head of `total` that its chunk number `split` covers, int32."""
+    # One load and no loop: Triton 3.8 loses the alignment of a loop's loads behind another loop.
+    r = tl.arange(0, BLOCK_BS)
+    lens = tl.load(seq_lens_ptr + r, mask=r < bs, other=0).to(tl.int64)
+    # The mean of a request's heads is its seq_len, since the tape holds b entries a head.
+    share = tl.cdiv(tl.sum(lens) * H, num_programs)
+    chunk = tl.maximum(share, min_chunk)
+    num_chunks = tl.minimum(tl.cdiv(total, chunk), SPLITS)
+    chunk = tl.cdiv(tl.cdiv(total, tl.maximum(num_chunks, 1)), BLOCK_N) * BLOCK_N
+    begin = tl.minimum(split * chunk, total)
+    end = tl.minimum(begin + chunk, total)
+    return begin.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def _merge(
+    partial_ptr,  # float32 [bs, HQ, SPLITS, D]
+    lse_ptr,  # float32 [bs, HQ, SPLITS], base 2, -inf where there is no partial
+    out_ptr,  # [bs, HQ, D]
+    v_scale,
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64) * HQ + tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + head * SPLITS + tl.arange(0, SPLITS))
+    top = tl.maximum(tl.max(lse, 0), -1e30)
+    weight = tl.sum(tl.exp2(lse - top), 0)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, SPLITS, BLOCK_S):
+        split = head * SPLITS + first + tl.arange(0, BLOCK_S)
+        factor = tl.exp2(tl.load(lse_ptr + split) - top)
+        mask = (factor > 0)[:, None] & (d < D)[None, :]
+        rows = tl.load(partial_ptr + split[:, None] * D + d[None, :], mask=mask, other=0.0)
+        acc += tl.sum(rows * factor[:, None], 0)
+    acc = acc * (v_scale / tl.maximum(weight, 1e-30))
+    tl.store(out_ptr + head * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a prompt's entries by the attention that its last tokens pay them.
+
+Softmax needs its sum over all tokens before any probability is known, so K is read twice:
+`_softmax_sums` leaves one log-sum-exp per query and `_mean_attention` the mean over the window.
+`_value_norm` reads V once; `_pool` takes neighbours and groups together. Nothing of size
+[window, prompt] is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lava_sglang.kernels.arena import (
+    check_arena,
+    entry_offset,
+    load_entries,
+    loadable,
+    typed_arena,
+)
+from lava_sglang.kernels.reference import lava_scores_ref
+
+LOG2E = 1.4426950408889634
+SCRATCH_BYTES = 64 << 20  # attention of the layers that are worked on together
+NUM_PROGRAMS = 1024  # wanted of `_softmax_sums`, which is split over the prompt to get there
+
+
+def window_scores(
+    queries: torch.Tensor,
+    arena: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    shared_prefix_len: int,
+    window_size: int,
+    scaling: float | torch.Tensor,
+    *,
+    pool_width: int = 7,
+    group_reduce: str = "max",
+    value_norm: bool = True,
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Importance of each scored entry: those of the suffix before its observation window.
+
+    queries: [num_layers, window queries, num_qo_heads, head_dim], after RoPE, of the last tokens
+    of the prompt; at most window_size of them, fewer if the prefix covers part of the window.
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim] in the queries' dtype or fp8.
+    prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
+    scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
+    arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
+    pool_width: odd; the maximum over so many neighbours, clipped to the scored tokens.
+    group_reduce: 'max' or 'mean', over the query heads of a KV head, after pooling.
+    value_norm: times the largest L1 norm of the head's scored values.
+    Returns float32 [num_layers, num_kv_heads, prompt_len - P - w]. Reads nothing back to the host.
+    Source: LAVa, arXiv 2509.09754 (max, value norm); SnapKV, arXiv 2404.14469 (mean, none).
+    """
+    run = window_scores_triton if arena.is_cuda else lava_scores_ref
+    return run(
+        queries, arena, prompt_slots, shared_prefix_len, window_size, scaling,
+        pool_width=pool_width, group_reduce=group_reduce, value_norm=value_norm, kv_dtype=kv_dtype,
+    )  # fmt: skip
+
+
+def window_scores_triton(
+    queries: torch.Tensor,
+    arena: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    shared_prefix_len: int,
+    window_size: int,
+    scaling: float | torch.Tensor,
+    *,
+    pool_width: int = 7,
+    group_reduce: str = "max",
+    value_norm: bool = True,
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`window_scores` by the Triton kernels."""
+    arena = typed_arena(arena, kv_dtype)
+    num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
+    _, num_queries, num_qo_heads, _ = queries.shape
+    group = num_qo_heads // num_kv_heads
+    prompt_len = len(prompt_slots)
+    num_scored = prompt_len - shared_prefix_len - window_size
+    assert queries.shape[0] == num_layers and queries.shape[3] == head_dim, queries.shape
+    assert queries.is_contiguous() and prompt_slots.is_contiguous()
+    assert arena.dtype == queries.dtype or arena.dtype.itemsize == 1, (arena.dtype, queries.dtype)
+    assert num_qo_heads == group * num_kv_heads, (num_qo_heads, num_kv_heads)
+    assert 1 <= num_queries <= window_size, f"{num_queries} queries, a window of {window_size}"
+    assert num_scored >= 1, f"{prompt_len} tokens, P={shared_prefix_len}, w={window_size}"
+    assert prompt_slots.dtype == torch.int64, prompt_slots.dtype
+    assert pool_width % 2 == 1, f"pool_width={pool_width}: odd"
+    assert group_reduce in ("max", "mean"), group_reduce
+
+    device = arena.device
+    data, e4m3_bits, factor = loadable(arena)
+    if not isinstance(scaling, torch.Tensor):
+        scaling = torch.full((num_layers,), scaling, device=device)
+    assert scaling.shape == (num_layers,) and scaling.dtype == torch.float32, scaling
+    scaling = scaling * (factor * LOG2E)
+    arena_shape = {
+        "slots": slots,
+        "H": num_kv_heads,
+        "D": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "E4M3_BITS": e4m3_bits,
+    }
+    together = max(1, min(num_layers, SCRATCH_BYTES // (4 * num_qo_heads * num_scored)))
+    attention = torch.empty(together, num_qo_heads, num_scored, device=device)
+    scores = torch.empty(num_layers, num_kv_heads, num_scored, device=device)
+    for first_layer in range(0, num_layers, together):
+        layers = min(together, num_layers - first_layer)
+        sums = _log_sums(
+            queries, data, prompt_slots, scaling, first_layer, layers, group, arena_shape
+        )
+        _attend_scored(
+            queries, data, prompt_slots, scaling, sums, attention,
+            first_layer, layers, group, shared_prefix_len, arena_shape,
+        )  # fmt: skip
+        norms = torch.full((layers, num_kv_heads), 1.0, device=device)
+        if value_norm:
+            scored_slots = prompt_slots[shared_prefix_len : prompt_len - window_size]
+            norms = _value_norms(data, scored_slots, first_layer, layers, factor, arena_shape)
+        _pool[(triton.cdiv(num_scored, 1024), num_kv_heads, layers)](
+            attention,
+            norms,
+            scores[first_layer:],
+            num_scored,
+            POOL_WIDTH=pool_width,
+            MEAN=group_reduce == "mean",
+            H=num_kv_heads,
+            G=group,
+            BLOCK_N=1024,
+            num_warps=4,
+        )
+    return scores
+
+
+def _log_sums(
+    queries: torch.Tensor,
+    data: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    scaling: torch.Tensor,
+    first_layer: int,
+    layers: int,
+    group: int,
+    arena_shape: dict[str, int],
+) -> torch.Tensor:
+    """Base-2 log-sum-exp of every window query over the prompt, [layers, H, group * queries]."""
+    num_queries, num_kv_heads = queries.shape[1], arena_shape["H"]
+    rows = group * num_queries
+    block_r, block_n, num_warps = _sums_blocks(rows, arena_shape["BLOCK_D"], queries.dtype)
+    row_blocks = triton.cdiv(rows, block_r)
+    splits = min(
+        triton.cdiv(NUM_PROGRAMS, layers * num_kv_heads * row_blocks),
+        triton.cdiv(len(prompt_slots), 4 * block_n),
+    )
+    partial = queries.new_empty(layers, num_kv_heads, rows, splits, dtype=torch.float32)
+    _softmax_sums[(row_blocks * splits, num_kv_heads, layers)](
+        queries,
+        data,
+        prompt_slots,
+        scaling,
+        partial,
+        len(prompt_slots),
+        num_queries,
+        first_layer,
+        splits,
+        G=group,
+        BLOCK_R=block_r,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        num_stages=2,
+        **arena_shape,
+    )
+    if splits == 1:
+        return partial[..., 0]
+    top = partial.amax(dim=-1, keepdim=True)
+    return ((partial - top).exp2().sum(dim=-1, keepdim=True).log2() + top)[..., 0]
+
+
+def _sums_blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(rows, tokens, warps) of a program. float32 has no tensor cores here: smaller tiles."""
+    if dtype == torch.float32:
+        return 16, 16, 4
+    block_r = min(128 if block_d <= 128 else 64, max(16, triton.next_power_of_2(rows)))
+    return block_r, 64, 8 if block_r == 128 else 4
+
+
+def _attend_scored(
+    queries: torch.Tensor,
+    data: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    scaling: torch.Tensor,
+    sums: torch.Tensor,
+    attention: torch.Tensor,
+    first_layer: int,
+    layers: int,
+    group: int,
+    shared_prefix_len: int,
+    arena_shape: dict[str, int],
+) -> None:
+    """Write each query head's mean attention to the scored tokens into `attention`."""
+    num_queries, num_scored = queries.shape[1], attention.shape[2]
+    block_w, block_n, num_warps = _mean_blocks(arena_shape["BLOCK_D"], queries.dtype)
+    _mean_attention[(triton.cdiv(num_scored, block_n), arena_shape["H"], layers)](
+        queries,
+        data,
+        prompt_slots,
+        scaling,
+        sums.contiguous(),
+        attention,
+        num_scored,
+        num_queries,
+        first_layer,
+        shared_prefix_len,
+        G=group,
+        BLOCK_W=block_w,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        **arena_shape,
+    )
+
+
+def _mean_blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(queries, tokens, warps) of a program. More tokens read the queries less often."""
+    if dtype == torch.float32:
+        return 16, 32, 4
+    return (32, 128, 8) if block_d <= 128 else (32, 64, 4)
+
+
+def _value_norms(
+    data: torch.Tensor,
+    scored_slots: torch.Tensor,
+    first_layer: int,
+    layers: int,
+    factor: float,
+    arena_shape: dict[str, int],
+) -> torch.Tensor:
+    """float32 [layers, H]: the largest L1 norm of a head's scored values."""
+    blocks = triton.cdiv(len(scored_slots), 256)
+    norms = torch.empty(layers, arena_shape["H"], blocks, device=data.device)
+    _value_norm[(blocks, arena_shape["H"], layers)](
+        data,
+        scored_slots,
+        norms,
+        len(scored_slots),
+        first_layer,
+        BLOCKS_N=256 // 32,
+        BLOCK_N=32,
+        num_warps=4,
+        num_stages=2,
+        **arena_shape,
+    )
+    return norms.amax(dim=-1) * factor
+
+
+@triton.jit(do_not_specialize=["prompt_len", "num_queries", "first_layer", "splits", "slots"])
+def _softmax_sums(
+    queries_ptr,  # [L, num_queries, H * G, D]
+    arena_ptr,
+    prompt_slots_ptr,
+    scaling_ptr,
+    lse_ptr,  # [layers, H, G * num_queries, splits], base 2
+    prompt_len,
+    num_queries,
+    first_layer,
+    splits,
+    slots,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E4M3_BITS: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    layer = first_layer + tl.program_id(2)
+    split = (tl.program_id(0) % splits).to(tl.int64)
+    # Row r: query head r // num_queries of the group, query r % num_queries of the window.
+    row = (tl.program_id(0) // splits) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = num_queries * G
+    query = row % num_queries
+    q_row = (layer.to(tl.int64) * num_queries + query) * (H * G) + kv_head * G + row // num_queries
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        queries_ptr + q_row[:, None] * D + d[None, :],
+        mask=(row < rows)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    scaling = tl.load(scaling_ptr + layer)
+    last_seen = prompt_len - num_queries + query
+
+    blocks = tl.cdiv(prompt_len, BLOCK_N)
+    begin = (split * blocks // splits).to(tl.int32) * BLOCK_N
+    end = tl.minimum(((split + 1) * blocks // splits).to(tl.int32) * BLOCK_N, prompt_len)
+    top = tl.full([BLOCK_R], -1e30, tl.float32)
+    weight = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        live = token < prompt_len
+        slot = tl.load(prompt_slots_ptr + token, mask=live, other=0)
+        offset = entry_offset(layer, slot, kv_head, slots, H, D)
+        k = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, q.dtype)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        seen = (token[None, :] <= last_seen[:, None]) & live[None, :]
+        logits = tl.where(seen, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        weight = weight * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
+        top = new_top
+    group_row = (tl.program_id(2).to(tl.int64) * H + kv_head) * rows + row
+    tl.store(lse_ptr + group_row * splits + split, top + tl.log2(weight), mask=row < rows)
+
+
+@triton.jit(
+    do_not_specialize=["num_scored", "num_queries", "first_layer", "shared_prefix_len", "slots"]
+)
+def _mean_attention(
+    queries_ptr,  # [L, num_queries, H * G, D]
+    arena_ptr,
+    prompt_slots_ptr,
+    scaling_ptr,
+    lse_ptr,  # [layers, H, G * num_queries], base 2
+    attention_ptr,  # [layers, H * G, num_scored]
+    num_scored,
+    num_queries,
+    first_layer,
+    shared_prefix_len,
+    slots,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E4M3_BITS: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    layer = first_layer + tl.program_id(2)
+    scored = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = scored < num_scored
+    slot = tl.load(prompt_slots_ptr + shared_prefix_len + scored, mask=live, other=0)
+    offset = entry_offset(layer, slot, kv_head, slots, H, D)
+    dtype: tl.constexpr = queries_ptr.dtype.element_ty
+    k = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, dtype)
+    scaling = tl.load(scaling_ptr + layer)
+    d = tl.arange(0, BLOCK_D)
+    group_head = (tl.program_id(2).to(tl.int64) * H + kv_head) * G
+    for g in range(G):
+        mean = tl.zeros([BLOCK_N], tl.float32)
+        for first in range(0, num_queries, BLOCK_W):
+            # Every scored token stands before the window: all queries see it.
+            query = first + tl.arange(0, BLOCK_W)
+            in_window = query < num_queries
+            q_row = (layer.to(tl.int64) * num_queries + query) * (H * G) + kv_head * G + g
+            q = tl.load(
+                queries_ptr + q_row[:, None] * D + d[None, :],
+                mask=in_window[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            lse = tl.load(
+                lse_ptr + (group_head + g) * num_queries + query,
+                mask=in_window,
+                other=float("inf"),
+            )
+            logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scaling
+            mean += tl.sum(tl.exp2(logits - lse[None, :]), 1)
+        tl.store(
+            attention_ptr + (group_head + g) * num_scored + scored, mean / num_queries, mask=live
+        )
+
+
+@triton.jit(do_not_specialize=["num_scored", "first_layer", "slots"])
+def _value_norm(
+    arena_ptr,
+    scored_slots_ptr,
+    norms_ptr,  # [layers, H, blocks]
+    num_scored,
+    first_layer,
+    slots,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    E4M3_BITS: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    layer = first_layer + tl.program_id(2)
+    v_plane = slots.to(tl.int64) * (H * D)
+    norm = tl.zeros([BLOCK_N], tl.float32)
+    for block in range(BLOCKS_N):
+        scored = (tl.program_id(0) * BLOCKS_N + block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = scored < num_scored
+        slot = tl.load(scored_slots_ptr + scored, mask=live, other=0)
+        offset = entry_offset(layer, slot, kv_head, slots, H, D) + v_plane
+        v = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, tl.float32)
+        norm = tl.maximum(norm, tl.sum(tl.abs(v), 1))
+    program = (tl.program_id(2).to(tl.int64) * H + kv_head) * tl.num_programs(0)
+    tl.store(norms_ptr + program + tl.program_id(0), tl.max(norm, 0))
+
+
+@triton.jit(do_not_specialize=["num_scored"])
+def _pool(
+    attention_ptr,  # [layers, H * G, num_scored]
+    norms_ptr,  # [layers, H]
+    scores_ptr,  # [layers, H, num_scored]
+    num_scored,
+    POOL_WIDTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
+    scored = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    score = tl.zeros([BLOCK_N], tl.float32)
+    for g in range(G):
+        row_ptr = attention_ptr + (head * G + g) * num_scored
+        pooled = tl.zeros([BLOCK_N], tl.float32)  # attention is not negative
+        for shift in range(POOL_WIDTH):
+            at = scored + (shift - POOL_WIDTH // 2)
+            mask = (at >= 0) & (at < num_scored)
+            pooled = tl.maximum(pooled, tl.load(row_ptr + at, mask=mask, other=0.0))
+        score = score + pooled / G if MEAN else tl.maximum(score, pooled)
+    norm = tl.load(norms_ptr + head)
+    tl.store(scores_ptr + head * num_scored + scored, score * norm, mask=scored < num_scored)

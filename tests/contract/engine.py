@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's memory without its model: real pools, tree, rows and requests, on CPU.
+
+Slots are taken and given back by SGLang's own calls, in the order in which its scheduler makes
+them. In place of a forward pass, every entry is written as what it is: layer, head, position and
+token; so a test can say whose entry a slot holds.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, release_req
+from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
+from sglang.srt.mem_cache.allocation import alloc_for_decode, alloc_for_extend
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.managers.coordinator import KVCompressionCoordinator
+from lava_sglang.managers.request import LavaReq
+from lava_sglang.policy import METHODS, LayerView, select
+
+NUM_LAYERS = 2
+KV_HEADS = 2
+QUERY_HEADS = 6
+HEAD_DIM = 4
+SCALING = 0.01
+CONFIG = KVCompressionConfig(
+    method="streamingllm", budget=0.25, min_tokens=16, window_size=4, sink_tokens=2
+)
+
+
+@dataclass
+class Batch:
+    """What the lifecycle and SGLang's allocation read of a ScheduleBatch."""
+
+    reqs: list[LavaReq]
+    engine: Engine
+    seq_lens_cpu: torch.Tensor
+    prefix_lens: list[int] = field(default_factory=list)
+    extend_lens: list[int] = field(default_factory=list)
+    device: str = "cpu"
+    hisparse_coordinator: None = None
+    model_config: Any = field(default_factory=lambda: SimpleNamespace(is_encoder_decoder=False))
+
+    def __post_init__(self) -> None:
+        self.seq_lens = self.seq_lens_cpu.clone()
+        self.seq_lens_sum: int | None = int(self.seq_lens.sum())
+        self.extend_num_tokens = sum(self.extend_lens)
+        self.req_to_token_pool = self.engine.rows
+        self.tree_cache = self.engine.tree
+
+    @property
+    def req_pool_indices(self) -> torch.Tensor:
+        return torch.tensor([req.kv.req_pool_idx for req in self.reqs])
+
+    req_pool_indices_cpu = req_pool_indices
+
+    def maybe_evict_swa(self) -> None: ...
+
+    def is_dllm(self) -> bool:
+        return False
+
+
+@dataclass
+class Engine:
+    """`prefilling` and `decoding` are the requests that own a row; `kept` what each chose."""
+
+    pool: MHATokenToKVPool
+    allocator: Any
+    rows: ReqToTokenPool
+    tree: UnifiedRadixCache
+    coordinator: KVCompressionCoordinator
+    prefilling: list[LavaReq] = field(default_factory=list)
+    decoding: list[LavaReq] = field(default_factory=list)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    served: list[tuple[array[int], str | None]] = field(default_factory=list)
+    count: int = 0
+
+    def request(
+        self,
+        tokens: Sequence[int],
+        config: KVCompressionConfig = CONFIG,
+        max_new_tokens: int = 64,
+        **kwargs: Any,
+    ) -> LavaReq:
+        self.count += 1
+        return LavaReq(
+            f"request-{self.count}",
+            "",
+            array("q", tokens),
+            SamplingParams(
+                max_new_tokens=max_new_tokens, custom_params=kwargs.pop("custom_params", None)
+            ),
+            config=config,
+            page_size=self.tree.page_size,
+            vocab_size=100_000,
+            **kwargs,
+        )
+
+    def admit(self, req: LavaReq) -> bool:
+        """Match and lock its prefix, if the rest fits; as `PrefillAdder.add_one_req`."""
+        req.init_next_round_input(self.tree)
+        lock = self.tree.lock(req.last_node)
+        needed = len(req.full_untruncated_fill_ids) - req.prefix_len + self.tree.page_size
+        if needed > self.allocator.available_size() + self.tree.evictable_size():
+            self.tree.unlock(lock)
+            return False
+        req.lock = lock
+        self.prefilling.append(req)
+        return True
+
+    def extend(self, *chunks: tuple[LavaReq, int | None], process: bool = True) -> Batch:
+        """One prefill step. chunks: request and tokens, None for all that is left."""
+        reqs = [req for req, _ in chunks]
+        for req, size in chunks:
+            total = len(req.full_untruncated_fill_ids)
+            req.extend_end = total if size is None else min(total, req.prefix_len + size)
+        batch = Batch(
+            reqs,
+            self,
+            torch.tensor([req.extend_end for req in reqs]),
+            [req.prefix_len for req in reqs],
+            [req.extend_len for req in reqs],
+        )
+        alloc_for_extend(batch)
+        self.coordinator.begin_extend(batch)
+        for req in reqs:
+            self.write(req, req.prefix_len, req.extend_end)
+        self.hand_over_queries(batch)
+        for req in reqs:
+            self.choose(req)
+        if process:
+            self.coordinator.end_extend(batch)
+            for req in reqs:
+                self.process(req)
+        return batch
+
+    def process(self, req: LavaReq) -> None:
+        """The result of a chunk: SGLang checkpoints it whether it is the last or not."""
+        if req.extend_end == len(req.full_untruncated_fill_ids):
+            self.prefilling.remove(req)
+            self.decoding.append(req)
+            self.served.append((req.full_untruncated_fill_ids[:], req.extra_key))
+            req.output_ids.append(len(req.output_ids) + 1)
+        checkpoint_kv_cache(req, self.tree)
+
+    def decode(self) -> None:
+        """One token for every decoding request."""
+        if not self.decoding:
+            return
+        lengths = torch.tensor([req.kv.kv_committed_len for req in self.decoding])
+        batch = Batch(self.decoding, self, lengths)
+        alloc_for_decode(batch, 1)
+        deltas = self.coordinator.positions
+        assert deltas is not None
+        shifted = deltas.shift(lengths, batch.req_pool_indices)
+        for req, position in zip(self.decoding, shifted.tolist(), strict=True):
+            assert position == len(req.origin_input_ids) + len(req.output_ids) - 1
+            req.refresh_fill_ids()
+            self.write(req, req.kv.kv_committed_len - 1, req.kv.kv_committed_len, position)
+            req.output_ids.append(len(req.output_ids) + 1)
+
+    def finish(self, req: LavaReq) -> None:
+        req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
+        self.decoding.remove(req)
+        release_kv_cache(req, self.tree, checkpoint=True)
+        if not req.compressed:
+            self.served.append((req.full_untruncated_fill_ids[:], req.extra_key))
+
+    def retract(self, req: LavaReq) -> None:
+        (self.decoding if req in self.decoding else self.prefilling).remove(req)
+        release_req(
+            req=req,
+            remaing_req_count=0,
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=self.tree,
+            hisparse_coordinator=None,
+        )
+
+    def entries(self, layer: int, head: int, positions: Any, tokens: Any) -> torch.Tensor:
+        """[n, HEAD_DIM] keys of these prompt positions; values are their negatives."""
+        columns = torch.zeros(len(positions), HEAD_DIM)
+        columns[:, 0], columns[:, 1] = layer + 1, head + 1
+        columns[:, 2] = torch.as_tensor(positions, dtype=torch.float32) + 1
+        columns[:, 3] = torch.as_tensor(tokens, dtype=torch.float32)
+        return columns
+
+    def write(self, req: LavaReq, start: int, end: int, position: int | None = None) -> None:
+        """Entries of row places [start, end), which are positions from `position` on."""
+        first = start if position is None else position
+        positions = range(first, first + end - start)
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, start:end].long()
+        tokens = req.full_untruncated_fill_ids[first : first + end - start]
+        for layer in range(NUM_LAYERS):
+            for head in range(KV_HEADS):
+                keys = self.entries(layer, head, positions, list(tokens))
+                self.pool.k_buffer[layer][slots, head] = keys
+                self.pool.v_buffer[layer][slots, head] = -keys
+
+    def hand_over_queries(self, batch: Batch) -> None:
+        """What a forward pass hands to the capture, in the batch's order of tokens."""
+        for layer in range(NUM_LAYERS if self.coordinator.capture.segments else 0):
+            queries = [
+                self.queries(req, req.prefix_len, req.extend_end, layer) for req in batch.reqs
+            ]
+            attention = SimpleNamespace(
+                layer_id=layer, scaling=SCALING, tp_q_head_num=QUERY_HEADS, qk_head_dim=HEAD_DIM
+            )
+            self.coordinator.capture.capture(attention, torch.cat(queries).flatten(1))
+
+    def queries(self, req: LavaReq, start: int, end: int, layer: int) -> torch.Tensor:
+        """[end - start, QUERY_HEADS, HEAD_DIM], the same whatever the chunks."""
+        places = torch.arange(QUERY_HEADS * HEAD_DIM, dtype=torch.float32)
+        tokens = torch.arange(start, end, dtype=torch.float32)[:, None]
+        return torch.sin(tokens * (places + 1) + layer).view(-1, QUERY_HEADS, HEAD_DIM)
+
+    def choose(self, req: LavaReq) -> None:
+        """What the request keeps if it is compressed now, from its text and not from slots."""
+        plan = req.plan
+        if plan is None or req.extend_end < plan.prompt_len:
+            return
+        window = req.compression.window_size
+        tokens = list(req.full_untruncated_fill_ids[: plan.prompt_len])
+        views = [
+            LayerView(
+                keys=torch.stack(
+                    [
+                        self.entries(layer, head, range(plan.prompt_len), tokens)
+                        for head in range(KV_HEADS)
+                    ],
+                    dim=1,
+                ),
+                queries=self.queries(req, plan.prompt_len - window, plan.prompt_len, layer),
+                scaling=SCALING,
+                shared_prefix_len=plan.shared_prefix_len,
+                window_size=window,
+            )
+            for layer in range(NUM_LAYERS)
+        ]
+        method = METHODS[req.compression.method](req.compression)
+        self.kept[req.rid] = select(method, views, plan.budget)
+
+    def row(self, req: LavaReq, end: int | None = None) -> torch.Tensor:
+        last = req.kv.kv_committed_len if end is None else end
+        return self.rows.req_to_token[req.kv.req_pool_idx, :last].long()
+
+    def positions_of(self, req: LavaReq, layer: int, head: int) -> list[int]:
+        """Positions in its text of the entries that its row holds."""
+        length = req.kv.kv_committed_len
+        if not req.compressed or req.plan is None:
+            return list(range(length))
+        kept: list[int] = self.kept[req.rid][layer, head].tolist()
+        tail = length - req.plan.compressed_len
+        prompt_len = req.plan.prompt_len
+        return [
+            *range(req.plan.shared_prefix_len),
+            *kept,
+            *range(prompt_len, prompt_len + tail),
+        ]
+
+    def tree_slots(self) -> torch.Tensor:
+        return self.tree.all_values_flatten().long()
+
+    def free_slots(self) -> torch.Tensor:
+        page = self.tree.page_size
+        if page == 1:
+            return torch.cat([self.allocator.free_pages, self.allocator.release_pages])
+        pages = self.allocator.get_all_free_pages()
+        return (pages[:, None] * page + torch.arange(page)).flatten()
+
+    def private_slots(self, req: LavaReq) -> torch.Tensor:
+        """Slots of the request's own pages, the unused ends of its last page included."""
+        page = self.tree.page_size
+        kv = req.kv
+        own = self.row(req, kv.kv_allocated_len)[kv.cache_protected_len :]
+        if page == 1:
+            return own
+        pages = torch.unique(own // page)
+        return (pages[:, None] * page + torch.arange(page)).flatten()
+
+    def check(self) -> None:
+        """Every slot has one owner, and every owner has its own entries."""
+        live = [req for req in self.prefilling + self.decoding if req.kv.holds_kv]
+        private = [self.private_slots(req) for req in live]
+        counted = sum(kv_private_tokens(req.kv, self.tree.page_size) for req in live)
+        assert counted == sum(len(slots) for slots in private)
+        held = self.tree.evictable_size() + self.tree.protected_size()
+        assert self.allocator.available_size() + held + counted == self.allocator.size
+        every = torch.cat([self.free_slots(), self.tree_slots(), *private])
+        assert every.sort().values.tolist() == list(
+            range(self.tree.page_size, self.allocator.size + self.tree.page_size)
+        )
+        self.check_locks()
+        for req in live:
+            self.check_entries(req)
+        for tokens, extra_key in self.served:
+            self.check_prefix(tokens, extra_key)
+        if not live and not self.tree.disable:
+            self.tree.sanity_check()
+
+    def check_locks(self) -> None:
+        """A compressed request locks its shared prefix, any other all that the tree has of it."""
+        locked: set[int] = set()
+        for req in self.prefilling + self.decoding:
+            if req.lock is None or self.tree.disable:
+                assert req.compressed or self.tree.disable
+                continue
+            path = self.tree.path_device_indices(req.lock.node).tolist()
+            expected = req.kv.cache_protected_len if req.kv.holds_kv else req.prefix_len
+            assert len(path) == expected
+            if req.compressed and req.plan is not None:
+                assert len(path) == req.plan.shared_prefix_len
+            if req.kv.holds_kv:
+                assert path == self.row(req, len(path)).tolist()
+            locked.update(path)
+        assert self.tree.protected_size() == len(locked)
+
+    def check_entries(self, req: LavaReq) -> None:
+        slots = self.row(req)
+        tokens = list(req.full_untruncated_fill_ids)
+        for layer in range(NUM_LAYERS):
+            for head in range(KV_HEADS):
+                positions = self.positions_of(req, layer, head)
+                keys = self.entries(layer, head, positions, [tokens[p] for p in positions])
+                assert torch.equal(self.pool.k_buffer[layer][slots, head], keys)
+                assert torch.equal(self.pool.v_buffer[layer][slots, head], -keys)
+
+    def check_prefix(self, tokens: array[int], extra_key: str | None) -> None:
+        """What the tree holds of a text is exact, whoever was compressed."""
+        match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(tokens, extra_key)))
+        length = match.device_prefix_len
+        if length == 0:
+            return
+        slots = self.tree.path_device_indices(match.last_device_node)[:length].long()
+        for layer in range(NUM_LAYERS):
+            for head in range(KV_HEADS):
+                keys = self.entries(layer, head, range(length), list(tokens[:length]))
+                assert torch.equal(self.pool.k_buffer[layer][slots, head], keys)
+                assert torch.equal(self.pool.v_buffer[layer][slots, head], -keys)
+
+
+def build_engine(
+    page_size: int = 1,
+    slots: int = 512,
+    disable_radix_cache: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Engine:
+    pool = MHATokenToKVPool(
+        size=slots,
+        page_size=page_size,
+        dtype=dtype,
+        head_num=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layer_num=NUM_LAYERS,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+    allocator: Any = (
+        TokenToKVPoolAllocator(slots, dtype, "cpu", pool, need_sort=False)
+        if page_size == 1
+        else PagedTokenToKVPoolAllocator(slots, page_size, dtype, "cpu", pool, need_sort=False)
+    )
+    rows = ReqToTokenPool(
+        size=16, max_context_len=2 * slots, device="cpu", enable_memory_saver=False
+    )
+    tree = UnifiedRadixCache(
+        CacheInitParams(
+            disable=disable_radix_cache,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+            page_size=page_size,
+            tree_components=(ComponentType.FULL,),
+        )
+    )
+    coordinator = KVCompressionCoordinator()
+    coordinator.attach(
+        SimpleNamespace(
+            enable_overlap=False,
+            device="cpu",
+            tree_cache=tree,
+            req_to_token_pool=rows,
+            token_to_kv_pool_allocator=allocator,
+        )
+    )
+    return Engine(pool, allocator, rows, tree, coordinator)

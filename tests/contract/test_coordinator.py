@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the launch of a prefill to the compressed request: order, lengths, outcomes, streams."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from lava_sglang.managers.coordinator import ForwardStream, method_of
+from lava_sglang.managers.request import SkipReason
+from tests.contract.engine import CONFIG, Engine, build_engine
+
+pytestmark = pytest.mark.usefixtures("runtime_context")
+
+SNAPKV = CONFIG.model_copy(update={"method": "snapkv"})
+
+
+@pytest.fixture(params=[1, 16], ids="page {}".format)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return build_engine(request.param)
+
+
+def test_a_finished_prefill_is_compressed_counted_and_lets_its_window_go(engine: Engine) -> None:
+    req = engine.request(range(1, 113), SNAPKV)
+    assert engine.admit(req)
+    engine.extend((req, 80))
+    assert req.plan is not None and req.window is not None and not req.compressed
+    assert engine.coordinator.stats.requests.total() == 0
+    engine.extend((req, None))
+    assert req.compressed and req.window is None
+    assert engine.coordinator.capture.segments == []
+    assert dict(engine.coordinator.stats.requests) == {"compressed": 1}
+    plan = req.plan
+    assert engine.coordinator.positions is not None
+    assert engine.coordinator.positions.table[req.kv.req_pool_idx] == plan.slots_freed
+    assert len(engine.coordinator.timer.take()) == 1
+
+
+def test_the_forward_pass_in_flight_keeps_its_lengths(engine: Engine) -> None:
+    """SGLang's ForwardBatch holds the batch's tensors: new ones are bound, none is written."""
+    reqs = [engine.request(range(start, start + 90)) for start in (1, 1000)]
+    reqs[1].sampling_params.max_new_tokens = 1
+    for req in reqs:
+        assert engine.admit(req)
+    batch = engine.extend(*[(req, None) for req in reqs], process=False)
+    in_flight = batch.seq_lens, batch.seq_lens_cpu
+    engine.coordinator.end_extend(batch)
+    assert [lengths.tolist() for lengths in in_flight] == [[90, 90]] * 2
+    assert reqs[0].plan is not None and reqs[1].plan is None
+    compressed_len = reqs[0].plan.compressed_len
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [compressed_len, 90]
+    assert batch.seq_lens.dtype == in_flight[0].dtype and batch.seq_lens_sum is None
+
+
+def test_nothing_compressed_leaves_the_batch_alone(engine: Engine) -> None:
+    req = engine.request(range(1, 10))
+    assert engine.admit(req)
+    batch = engine.extend((req, None), process=False)
+    before = batch.seq_lens, batch.seq_lens_cpu, batch.seq_lens_sum
+    engine.coordinator.end_extend(batch)
+    assert (batch.seq_lens is before[0], batch.seq_lens_cpu is before[1]) == (True, True)
+    assert batch.seq_lens_sum == before[2]
+    assert dict(engine.coordinator.stats.requests) == {"too_short": 1}
+
+
+def test_a_row_that_is_used_again_starts_without_a_delta(engine: Engine) -> None:
+    first = engine.request(range(1, 113))
+    assert engine.admit(first)
+    engine.extend((first, None))
+    row = first.kv.req_pool_idx
+    engine.finish(first)
+    second = engine.request(range(500, 510))
+    assert engine.admit(second)
+    engine.extend((second, None))
+    assert second.kv.req_pool_idx == row and not second.compressed
+    assert engine.coordinator.positions is not None
+    assert engine.coordinator.positions.table.sum() == 0
+    engine.decode()
+    engine.check()
+
+
+def test_a_method_without_queries_stashes_none(engine: Engine) -> None:
+    req = engine.request(range(1, 113))
+    assert engine.admit(req)
+    engine.extend((req, 110), process=False)
+    assert req.plan is not None and req.window is None
+    assert engine.coordinator.capture.segments == []
+
+
+def test_a_backend_that_hands_over_nothing_leaves_the_request_uncompressed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine.coordinator.capture, "capture", lambda layer, queries: None)
+    req = engine.request(range(1, 113), SNAPKV)
+    assert engine.admit(req)
+    engine.extend((req, None))
+    assert (req.compressed, req.skip_reason) == (False, SkipReason.NO_QUERIES)
+    assert req.rid in caplog.text and "no window queries" in caplog.text
+    engine.check()
+
+
+def test_a_request_that_was_aborted_before_its_last_chunk_is_not_compressed(
+    engine: Engine,
+) -> None:
+    req = engine.request(range(1, 113), SNAPKV)
+    assert engine.admit(req)
+    engine.extend((req, 64))
+    req.to_finish = FINISH_ABORT("gone")
+    engine.extend((req, None))
+    assert (req.compressed, req.plan, req.skip_reason) == (False, None, SkipReason.ABORTED)
+    assert dict(engine.coordinator.stats.requests) == {"aborted": 1}
+    engine.check()
+
+
+def test_a_request_that_is_retracted_in_its_prefill_starts_over(engine: Engine) -> None:
+    req = engine.request(range(1, 113), SNAPKV)
+    assert engine.admit(req)
+    engine.extend((req, 64))
+    engine.retract(req)
+    engine.check()
+    assert req.window is None and req.plan is None
+    assert engine.admit(req)
+    engine.extend((req, None))
+    assert req.compressed and req.plan is not None
+    assert req.plan.shared_prefix_len == 0  # its own first chunk is no shared prefix
+    engine.check()
+
+
+def test_requests_of_one_batch_have_their_own_methods(engine: Engine) -> None:
+    methods = ("snapkv", "streamingllm", "random")
+    reqs = [
+        engine.request(
+            range(1000 * i + 1, 1000 * i + 100),
+            SNAPKV,
+            custom_params={"kv_compression": {"method": method, "budget": 0.2 + 0.1 * i}},
+        )
+        for i, method in enumerate(methods)
+    ]
+    for req in reqs:
+        assert engine.admit(req)
+    engine.extend(*[(req, None) for req in reqs])
+    assert [req.info()["method"] for req in reqs] == list(methods)
+    assert len({req.info()["kept_tokens"] for req in reqs}) == (
+        3 if engine.tree.page_size == 1 else 2
+    )
+    engine.check()
+
+
+def test_a_neighbour_is_not_touched(engine: Engine) -> None:
+    """No other request's row, lengths or entries change when one is compressed."""
+    quiet = engine.request(range(1, 100), custom_params={"kv_compression": {"enabled": False}})
+    assert engine.admit(quiet)
+    engine.extend((quiet, None))
+    row, length = engine.row(quiet).tolist(), quiet.kv.kv_committed_len
+    loud = engine.request([*range(1, 60), *range(700, 760)])
+    assert engine.admit(loud)
+    engine.extend((loud, None))
+    assert loud.compressed
+    assert (engine.row(quiet).tolist(), quiet.kv.kv_committed_len) == (row, length)
+    engine.check()
+
+
+def test_a_method_is_made_once() -> None:
+    assert method_of(SNAPKV) is method_of(SNAPKV.model_copy())
+    assert method_of(SNAPKV) is not method_of(CONFIG)
+
+
+class Recorder:
+    """A scheduler of a device with overlap: what is asked of its streams, in order."""
+
+    def __init__(self, overlap: bool, device: str) -> None:
+        self.enable_overlap, self.device = overlap, device
+        self.calls: list[str] = []
+        self.schedule_stream = "schedule"
+        self.forward_stream = SimpleNamespace(
+            wait_stream=lambda stream: self.calls.append(f"wait for {stream}")
+        )
+
+    @property
+    def forward_stream_ctx(self) -> Any:
+        recorder = self
+
+        class Context:
+            def __enter__(self) -> None:
+                recorder.calls.append("enter")
+
+            def __exit__(self, *exc: Any) -> None:
+                recorder.calls.append("exit")
+
+        return Context()
+
+    def _apply_war_barrier(self) -> None:
+        self.calls.append("barrier")
+
+
+class Tensor:
+    def __init__(self) -> None:
+        self.streams: list[Any] = []
+
+    def record_stream(self, stream: Any) -> None:
+        self.streams.append(stream)
+
+
+def test_with_overlap_work_goes_behind_the_forward_pass() -> None:
+    scheduler = Recorder(True, "cuda")
+    tensor: Any = Tensor()
+    stream = ForwardStream(scheduler)
+    with stream:
+        scheduler.calls.append("work")
+    stream.keep_alive(tensor)
+    stream.fence_row_writes()
+    assert scheduler.calls == ["enter", "wait for schedule", "work", "exit", "barrier"]
+    assert tensor.streams == [scheduler.forward_stream]
+
+
+@pytest.mark.parametrize(("overlap", "device"), [(False, "cuda"), (True, "cpu"), (False, "cpu")])
+def test_with_one_queue_nothing_is_ordered(overlap: bool, device: str) -> None:
+    scheduler = Recorder(overlap, device)
+    stream = ForwardStream(scheduler)
+    with stream:
+        stream.keep_alive(torch.zeros(1))
+        stream.fence_row_writes()
+    assert scheduler.calls == []
+
+
+def test_an_error_under_the_stream_is_not_swallowed() -> None:
+    scheduler = Recorder(True, "cuda")
+    with pytest.raises(KeyError), ForwardStream(scheduler):
+        raise KeyError("inside")
+    assert scheduler.calls[-1] == "exit"

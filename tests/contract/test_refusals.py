@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be served correctly is refused at start, by name, all of it at once."""
+
+import importlib.metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.cuda_graph_config import parse_cuda_graph_config_arg
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch import nn
+
+from lava_sglang import compat, plugin
+from lava_sglang.args import LavaServerArgs
+from lava_sglang.config import KVCompressionError
+from tests.contract.engine import build_engine
+
+DEFAULTS = {
+    field: getattr(LavaServerArgs(model_path="dummy"), field)
+    for field in LavaServerArgs.__struct_fields__
+}
+
+# One value that switches each refused feature on.
+ON: dict[str, Any] = {
+    "speculative_algorithm": "EAGLE",
+    "disaggregation_mode": "prefill",
+    "pp_size": 2,
+    "enable_dp_attention": True,
+    "attn_dp_size": 2,
+    "attn_cp_size": 2,
+    "dcp_size": 2,
+    "enable_kv_cache_sharding": True,
+    "enable_two_batch_overlap": True,
+    "enable_pdmux": True,
+    "enable_mixed_chunk": True,
+    "enable_hisparse": True,
+    "dllm_algorithm": "LowConfidence",
+    "is_embedding": True,
+    "encoder_only": True,
+    "language_only": True,
+    "kv_cache_dtype": "fp8_e4m3",
+    "enable_page_major_kv_layout": True,
+    "enable_unified_memory": True,
+    "prefill_only_disable_kv_cache": True,
+    "enable_hierarchical_cache": True,
+    "enable_unified_cache_external_linker": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "radix_cache_backend": "swa",
+    "enable_streaming_session": True,
+    "enable_session_radix_cache": True,
+    "kv_canary": "log",
+    "cuda_graph_backend_prefill": "full",
+}
+
+
+def view_with(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**DEFAULTS, **changes})
+
+
+def test_every_refused_feature_has_a_value_above() -> None:
+    assert set(ON) == {feature.field for feature in compat.FEATURES}
+
+
+def test_nothing_is_refused_at_its_default() -> None:
+    assert compat.feature_reasons(view_with()) == []
+
+
+@pytest.mark.parametrize("feature", compat.FEATURES, ids=lambda feature: feature.field)
+def test_a_feature_is_refused_by_name(feature: compat.Feature) -> None:
+    value = ON[feature.field]
+    option = "--" + feature.field.replace("_", "-")
+    (reason,) = compat.feature_reasons(view_with(**{feature.field: value}))
+    assert reason == f"{feature.name} is not supported ({option}={value!r})"
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_e4m3", "nvfp4", "mxfp8", "fp4_mx_block16"])
+def test_every_quantized_cache_is_refused(dtype: str) -> None:
+    (reason,) = compat.feature_reasons(view_with(kv_cache_dtype=dtype))
+    assert reason.startswith("a quantized KV cache is not supported")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16"])
+def test_a_plain_cache_is_served(dtype: str) -> None:
+    assert compat.feature_reasons(view_with(kv_cache_dtype=dtype)) == []
+
+
+def test_a_full_prefill_graph_is_refused_also_in_the_json() -> None:
+    """`--cuda-graph-config` wins over `--cuda-graph-backend-prefill` in SGLang."""
+    config = parse_cuda_graph_config_arg('{"prefill": {"backend": "full"}}')
+    (reason,) = compat.feature_reasons(view_with(cuda_graph_config=config))
+    assert reason.startswith("full CUDA graphs for prefill is not supported")
+
+
+def test_all_features_are_refused_at_once() -> None:
+    assert len(compat.feature_reasons(view_with(**ON))) == len(compat.FEATURES)
+
+
+@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+def test_the_environment_is_refused_by_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    (reason,) = compat.feature_reasons(view_with())
+    assert variable in reason and "is not supported" in reason
+
+
+@pytest.mark.parametrize("value", ["0", "false", "False", "no", "n"])
+@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+def test_a_variable_that_sglang_reads_as_off_is_not_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert getattr(envs, variable).get() is False
+    assert compat.feature_reasons(view_with()) == []
+
+
+@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+def test_the_variables_are_sglangs(variable: str) -> None:
+    assert hasattr(envs, variable)
+
+
+def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.0")
+    assert compat.version_reasons() == ["sglang==0.6.0 is installed: needs sglang==0.5.23"]
+
+
+def test_no_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert compat.version_reasons() == ["sglang is not installed: needs sglang==0.5.23"]
+
+
+def test_refusing_raises_with_every_reason() -> None:
+    compat.refuse([])
+    with pytest.raises(KVCompressionError) as caught:
+        compat.refuse(["one", "two"])
+    assert caught.value.reasons == ["one", "two"]
+    assert str(caught.value) == "KV compression cannot start:\n- one\n- two"
+
+
+def test_a_hook_that_did_not_take_is_refused(
+    plugin_installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang logs the failure of a hook and goes on; we do not."""
+    assert plugin.hook_reasons() == []
+    target = "sglang.srt.managers.scheduler.Scheduler.gone"
+    monkeypatch.setattr(plugin, "_registered", set(plugin._registered))
+    monkeypatch.setattr(HookRegistry, "_hooks", HookRegistry._hooks.copy())
+    monkeypatch.setattr(HookRegistry, "_patched", set(HookRegistry._patched))
+    assert plugin._add(target, lambda result: None, HookType.AFTER)
+    with pytest.raises(KVCompressionError) as caught:
+        plugin.install()
+    assert caught.value.reasons == [f"hook on {target} was not applied: see SGLang's log above"]
+
+
+def attention(**changes: Any) -> RadixAttention:
+    layer = RadixAttention(num_heads=4, head_dim=8, scaling=0.3, num_kv_heads=2, layer_id=0)
+    for name, value in changes.items():
+        assert hasattr(layer, name), name
+        setattr(layer, name, value)
+    return layer
+
+
+def model_of(*layers: nn.Module) -> nn.Module:
+    return nn.ModuleList([nn.Linear(1, 1), *layers])
+
+
+def test_a_plain_decoder_is_served() -> None:
+    assert compat.model_reasons(model_of(attention(), attention())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"sliding_window_size": 128}, "sliding-window"),
+        ({"is_cross_attention": True}, "cross-attention"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "bidirectional"),
+        ({"logit_cap": 30.0}, "cap attention logits"),
+        ({"v_head_dim": 4}, "differ in size"),
+    ],
+)
+def test_a_model_is_refused_for_one_of_its_layers(changes: dict[str, Any], word: str) -> None:
+    (reason,) = compat.model_reasons(model_of(attention(), attention(**changes)))
+    assert word in reason
+
+
+def test_a_model_is_refused_with_all_reasons() -> None:
+    odd = attention(sliding_window_size=128, logit_cap=30.0, v_head_dim=4)
+    assert len(compat.model_reasons(model_of(odd))) == 3
+
+
+def test_a_model_without_sglangs_attention_is_refused() -> None:
+    (reason,) = compat.model_reasons(model_of())
+    assert "no attention layer" in reason
+
+
+class LavaTorchNativeAttnBackend:
+    """A backend by the name that `capture_queries` gives it."""
+
+
+class TorchNativeAttnBackend:
+    """A backend that nothing was done to."""
+
+
+def scheduler_with(**changes: Any) -> Any:
+    """Real pools and tree, and the parts of a model runner that are looked at."""
+    engine = build_engine(page_size=1, dtype=changes.pop("dtype", torch.float32))
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model_is_mrope=changes.pop("mrope", False),
+            is_encoder_decoder=changes.pop("encoder_decoder", False),
+            attention_chunk_size=changes.pop("attention_chunk_size", None),
+        ),
+        attn_backend=changes.pop("attn_backend", LavaTorchNativeAttnBackend()),
+        model=model_of(attention()),
+    )
+    allocator = changes.pop("allocator", engine.allocator)
+    tree_cache = changes.pop("tree_cache", engine.tree)
+    assert not changes
+    return SimpleNamespace(
+        token_to_kv_pool_allocator=allocator,
+        tree_cache=tree_cache,
+        tp_worker=SimpleNamespace(model_runner=runner),
+    )
+
+
+def allocator_of(pool: Any) -> Any:
+    return SimpleNamespace(get_kvcache=lambda: pool)
+
+
+def test_what_sglang_builds_for_a_plain_model_is_served(runtime_context: None) -> None:
+    assert compat.scheduler_reasons(scheduler_with()) == []
+
+
+class OtherPool:
+    """MLA, hybrid, quantized, ..."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"allocator": allocator_of(OtherPool())}, "KV pool OtherPool"),
+        ({"tree_cache": object()}, "prefix cache object"),
+        ({"mrope": True}, "multimodal RoPE"),
+        ({"encoder_decoder": True}, "encoder-decoder"),
+        ({"attn_backend": TorchNativeAttnBackend()}, "TorchNativeAttnBackend does not hand over"),
+        (
+            {"attn_backend": SimpleNamespace(prefill_backend=TorchNativeAttnBackend())},
+            "TorchNativeAttnBackend does not hand over",
+        ),
+        ({"attention_chunk_size": 8192}, "chunk"),
+        ({"dtype": torch.float8_e4m3fn}, "float8_e4m3fn"),
+    ],
+    ids=[
+        "pool",
+        "tree",
+        "mrope",
+        "encoder-decoder",
+        "backend",
+        "hybrid backend",
+        "attention chunks",
+        "checkpoint with an fp8 cache",
+    ],
+)
+def test_what_sglang_built_is_refused_by_name(
+    runtime_context: None, changes: dict[str, Any], words: str
+) -> None:
+    (reason,) = compat.scheduler_reasons(scheduler_with(**changes))
+    assert words in reason
+
+
+def test_a_hybrid_backend_that_captures_at_its_prefill_is_served(runtime_context: None) -> None:
+    backend = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend())
+    assert compat.scheduler_reasons(scheduler_with(attn_backend=backend)) == []
+
+
+def test_another_layout_of_the_pool_is_refused(runtime_context: None) -> None:
+    scheduler = scheduler_with()
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    pool.k_buffer = [buffer.unsqueeze(0) for buffer in pool.k_buffer]
+    (reason,) = compat.scheduler_reasons(scheduler)
+    assert "layout" in reason and "[slots, heads, dim]" in reason

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed SGLang has every place we touch, and `seams.py` lists what we override and hook."""
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sglang.srt.managers.schedule_batch as schedule_batch
+import sglang.srt.managers.scheduler as scheduler_module
+import sglang.srt.mem_cache.common as mem_cache_common
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from lava_sglang import compat, plugin, seams
+from lava_sglang.managers.request import LavaReq
+from lava_sglang.managers.scheduler import LavaScheduler
+
+PACKAGE = Path(plugin.__file__).parent
+TARGETS = {seam.target for seam in seams.SEAMS}
+# Modules with classes that stand in for, or extend, SGLang's in a server process.
+EXTENDING = [
+    "args",
+    *(f"managers.{path.stem}" for path in sorted((PACKAGE / "managers").glob("[a-z]*.py"))),
+]
+
+
+def test_the_installed_sglang_has_every_seam() -> None:
+    assert compat.seam_reasons() == []
+    assert compat.version_reasons() == []
+
+
+def test_the_seams_hold_also_where_our_classes_stand(
+    plugin_installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "Scheduler", LavaScheduler)
+    assert compat.seam_reasons() == []
+
+
+def test_every_seam_says_how_and_why() -> None:
+    assert len(TARGETS) == len(seams.SEAMS)
+    for seam in seams.SEAMS:
+        assert seam.how in ("replace", "hook", "override", "call") and seam.why
+
+
+def test_a_changed_signature_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evict_from_tree_cache(tree_cache: Any, tokens: int, *, force: bool) -> None: ...
+
+    monkeypatch.setattr(mem_cache_common, "evict_from_tree_cache", evict_from_tree_cache)
+    (reason,) = compat.seam_reasons()
+    assert reason == (
+        "sglang.srt.mem_cache.common.evict_from_tree_cache takes ('tree_cache', 'tokens', "
+        "'force'): expected ('tree_cache', 'num_tokens')"
+    )
+
+
+def test_a_changed_method_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Req, "reset_for_retract", lambda self, reason: None)
+    (reason,) = compat.seam_reasons()
+    assert "schedule_batch.Req.reset_for_retract takes ('self', 'reason')" in reason
+
+
+def test_what_is_gone_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(schedule_batch.Req, "_compute_max_prefix_len")
+    monkeypatch.delattr(mem_cache_common, "checkpoint_kv_cache")
+    found = compat.seam_reasons()
+    assert len(found) == 2
+    assert all(" is missing: " in reason for reason in found)
+    assert "Req._compute_max_prefix_len" in found[0] and "checkpoint_kv_cache" in found[1]
+
+
+def test_a_module_that_is_gone_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = seams.Seam("srt.mem_cache.elsewhere.f", "call", (), "a test")
+    monkeypatch.setattr(compat, "SEAMS", (gone,))
+    (reason,) = compat.seam_reasons()
+    assert reason.startswith("sglang.srt.mem_cache.elsewhere.f is missing: ")
+
+
+def overrides() -> Iterator[tuple[type, type, str]]:
+    """(our class, SGLang's class, method) of everything we override."""
+    for name in EXTENDING:
+        module = importlib.import_module(f"lava_sglang.{name}")
+        for ours in vars(module).values():
+            if not inspect.isclass(ours) or ours.__module__ != module.__name__:
+                continue
+            theirs = next((b for b in ours.__mro__ if b.__module__.startswith("sglang.")), None)
+            if theirs is None:
+                continue
+            for method, value in vars(ours).items():
+                if inspect.isfunction(value) and method not in ("__init__", "__new__"):
+                    for base in theirs.__mro__:
+                        if method in vars(base) and base is not object:
+                            yield ours, theirs, method
+                            break
+
+
+def test_overrides_are_found() -> None:
+    found = {f"{ours.__name__}.{method}" for ours, _, method in overrides()}
+    assert {"LavaScheduler.run_batch", "LavaReq._compute_max_prefix_len"} <= found
+    assert {theirs.__name__ for _, theirs, _ in overrides()} >= {
+        "Scheduler",
+        "Req",
+        "PrefillAdder",
+        "SchedulerOutputStreamer",
+    }
+
+
+def test_every_override_is_a_seam() -> None:
+    missing = [
+        f"{ours.__module__}.{ours.__name__}.{method} overrides {theirs.__module__}."
+        f"{theirs.__name__}.{method}"
+        for ours, theirs, method in overrides()
+        if not any(target.endswith(f".{theirs.__name__}.{method}") for target in TARGETS)
+    ]
+    assert missing == []
+
+
+def test_every_override_passes_what_its_base_takes() -> None:
+    """Same parameter names, or `*args, **kwargs`."""
+    for ours, theirs, method in overrides():
+        mine = inspect.signature(getattr(ours, method)).parameters
+        base = inspect.signature(getattr(theirs, method)).parameters
+        open_ended = {p.kind for p in mine.values()} >= {
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        }
+        assert open_ended or list(mine) == list(base), (ours, method)
+
+
+def test_the_attention_method_we_override_is_a_seam() -> None:
+    """The subclass in `attention/backend.py` is made at run time, from a backend's class."""
+    assert any(target.endswith(".AttentionBackend.forward_extend") for target in TARGETS)
+
+
+def hooked_seams() -> set[str]:
+    """Names of the seams that `plugin.py` hands to SGLang's hook registry or resolution hooks."""
+    tree = ast.parse(inspect.getsource(plugin))
+    return {
+        node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "target"
+        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value.value, ast.Name)
+        and node.value.value.id == "seams"
+    }
+
+
+def test_every_hook_is_a_seam() -> None:
+    hooks = {seam for seam in seams.SEAMS if seam.how == "hook"}
+    assert {getattr(seams, name) for name in hooked_seams()} == hooks
+
+
+def test_every_target_of_the_hook_registry_is_a_seam() -> None:
+    """A class that is put in another's place is a seam by its name or by one of its methods."""
+    tree = ast.parse(inspect.getsource(plugin))
+    constants = {
+        target.id: str(node.value.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    registered = [
+        node.args[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_add"
+    ]
+    assert len(registered) >= 7
+    for argument in registered:
+        if isinstance(argument, ast.Name):
+            path = constants[argument.id].removeprefix("sglang.")
+            assert any(f"{target}.".startswith(f"{path}.") for target in TARGETS), path
+        else:
+            assert re.fullmatch(r"f'sglang\.\{seams\.\w+\.target\}'", ast.unparse(argument))
+
+
+def test_extension_points_that_are_not_methods() -> None:
+    """What we set, read or name without calling it."""
+    assert SchedulerOutputStreamer.has_additional_customized_info is False
+    assert vars(SchedulerOutputStreamer)["__slots__"] is not None
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    forward = inspect.getsource(HybridAttnBackend.forward)
+    assert "_select_backend" in forward and "backend.forward(" in forward
+    assert "self.prefill_backend" in inspect.getsource(HybridAttnBackend)
+
+
+def self_attributes(cls: type) -> set[str]:
+    """Names that a class's own source stores on `self`, or defines in its body."""
+    stored = set(vars(cls)) | set(inspect.get_annotations(cls))
+    tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls)))
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "self"
+        ):
+            stored.add(node.attr)
+    return {name for name in stored if not name.startswith("__")}
+
+
+def upstream_attributes(cls: type) -> set[str]:
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("sglang.")]
+    return set().union(*(self_attributes(base) for base in bases))
+
+
+@pytest.mark.parametrize(
+    ("ours", "on_purpose"), [(LavaReq, {"skip_radix_cache_insert"}), (LavaScheduler, set())]
+)
+def test_our_attributes_do_not_collide_with_sglangs(ours: type, on_purpose: set[str]) -> None:
+    theirs = upstream_attributes(ours)
+    assert len(theirs) > 100
+    overridden = {method for cls, _, method in overrides() if cls is ours}
+    assert (self_attributes(ours) & theirs) - overridden == on_purpose
+
+
+def test_no_code_of_sglang_sets_our_attributes_from_outside() -> None:
+    """`req.plan = ...` in a scheduler mixin would not show in the class itself."""
+    own = sorted(self_attributes(LavaReq) - upstream_attributes(LavaReq))
+    assert {"plan", "window", "compressed", "compression", "page_size"} <= set(own)
+    touch = re.compile(rf"\b(?:req|r|request)\.(?:{'|'.join(own)})\b\s*(?:=[^=]|[-+|]=)")
+    root = Path(inspect.getfile(schedule_batch)).parents[1]
+    found = [
+        f"{path.relative_to(root)}: {match.group()}"
+        for folder in ("managers", "mem_cache", "disaggregation", "speculative", "beam_search")
+        for path in (root / folder).rglob("*.py")
+        for match in touch.finditer(path.read_text(encoding="utf-8-sig"))
+    ]
+    assert found == []

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import pytest
+import torch
+
+from lava_sglang.kernels import arena as arena_module
+from lava_sglang.kernels import window_scores as module
+from lava_sglang.kernels.reference import lava_scores_ref
+from lava_sglang.kernels.window_scores import window_scores_triton
+
+RTOL = {torch.float32: 2e-5, torch.float16: 4e-3}
+
+
+def prompt(
+    layers: int = 2,
+    heads: int = 2,
+    group: int = 2,
+    head_dim: int = 64,
+    prompt_len: int = 150,
+    queries: int = 8,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(queries, arena, prompt_slots)"""
+    g = torch.Generator().manual_seed(seed)
+    slots = prompt_len + 20
+    arena = torch.randn(layers, 2, slots, heads, head_dim, generator=g).to(dtype)
+    q = torch.randn(layers, queries, heads * group, head_dim, generator=g).to(dtype)
+    return 2 * q, arena, torch.randperm(slots, generator=g)[:prompt_len]
+
+
+def check(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    prefix: int = 21,
+    window: int = 8,
+    **options: Any,
+) -> None:
+    args = (*inputs, prefix, window, options.pop("scaling", inputs[0].shape[3] ** -0.5))
+    got = window_scores_triton(*args, **options)
+    want = lava_scores_ref(*args, **options)
+    assert want.shape[2] == len(inputs[2]) - prefix - window
+    torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("group_reduce", ["max", "mean"])
+@pytest.mark.parametrize("value_norm", [True, False])
+def test_options(dtype: torch.dtype, group_reduce: str, value_norm: bool) -> None:
+    check(prompt(dtype=dtype), group_reduce=group_reduce, value_norm=value_norm)
+
+
+@pytest.mark.parametrize("pool_width", [1, 3, 63])
+def test_pool_width(pool_width: int) -> None:
+    check(prompt(), pool_width=pool_width)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 7, 16])
+def test_group(group: int) -> None:
+    check(prompt(layers=1, group=group))
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
+def test_head_dim(head_dim: int) -> None:
+    check(prompt(layers=1, head_dim=head_dim, heads=3))
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "prefix", "window", "queries"),
+    [
+        (10, 0, 9, 9),  # one scored token
+        (150, 0, 32, 32),
+        (150, 130, 8, 3),  # the prefix covers part of the window
+        (129, 0, 1, 1),
+        (300, 3, 100, 100),  # more rows than a block
+        (257, 64, 64, 64),
+    ],
+)
+def test_shape(prompt_len: int, prefix: int, window: int, queries: int) -> None:
+    check(prompt(prompt_len=prompt_len, queries=queries), prefix, window)
+
+
+def test_a_scale_for_each_layer() -> None:
+    check(prompt(dtype=torch.float32), scaling=torch.tensor([0.05, 0.3]))
+
+
+@pytest.mark.parametrize("num_programs", [1, 4, 1024])
+def test_prompt_split_over_programs(num_programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUM_PROGRAMS", num_programs)
+    check(prompt(prompt_len=700, layers=1, heads=1, dtype=torch.float32))
+
+
+def test_layers_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 2 * 4 * 4 * 121)
+    check(prompt(layers=5))
+
+
+@pytest.mark.parametrize("by_bits", [False, True])
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8(kv_dtype: torch.dtype, by_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_converts_e4m3fn", lambda: not by_bits)
+    queries, arena, slots = prompt()
+    check((queries, arena.to(kv_dtype).view(torch.uint8), slots), kv_dtype=kv_dtype)
+
+
+def test_arena_past_32_bits() -> None:
+    queries, small, prompt_slots = prompt(head_dim=128)
+    slots = 2**31 // (2 * 2 * 2 * 128) + 2**20
+    arena = torch.empty(2, 2, slots, 2, 128, dtype=torch.float16)
+    arena[:, :, -small.shape[2] :] = small
+    assert arena.numel() > 2**31
+    check((queries, arena, prompt_slots + slots - small.shape[2]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"pool_width": 4}, {"group_reduce": "sum"}, {"window": 7}, {"prefix": 142}]
+)
+def test_refuses(change: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        check(prompt(), **change)

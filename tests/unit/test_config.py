@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings: what each accepts, how a bad value is answered, how many tokens are kept."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lava_sglang.config import (
+    METHOD_CHOICES,
+    RAGGED_METHODS,
+    UNIFORM_METHODS,
+    KVCompressionConfig,
+    KVCompressionError,
+)
+
+BUDGET_RANGE = "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size"
+METHOD_RANGE = "one of snapkv, streamingllm, random"
+
+BAD_VALUES: list[tuple[str, Any, str]] = [
+    ("method", "lru", METHOD_RANGE),
+    ("method", "", METHOD_RANGE),
+    ("method", None, METHOD_RANGE),
+    ("method", 3, METHOD_RANGE),
+    *[("method", method, METHOD_RANGE) for method in RAGGED_METHODS],
+    ("budget", 0, BUDGET_RANGE),
+    ("budget", -0.5, BUDGET_RANGE),
+    ("budget", -100, BUDGET_RANGE),
+    ("budget", 64.5, BUDGET_RANGE),
+    ("budget", math.inf, BUDGET_RANGE),
+    ("budget", math.nan, BUDGET_RANGE),
+    ("budget", "0.5", BUDGET_RANGE),
+    ("budget", None, BUDGET_RANGE),
+    ("budget", True, BUDGET_RANGE),
+    ("min_tokens", 0, "a whole number of tokens from 1 up"),
+    ("min_tokens", -1, "a whole number of tokens from 1 up"),
+    ("min_tokens", 2.5, "a whole number of tokens from 1 up"),
+    ("min_tokens", "64", "a whole number of tokens from 1 up"),
+    ("window_size", 0, "a whole number of tokens from 1 to 1024"),
+    ("window_size", 1025, "a whole number of tokens from 1 to 1024"),
+    ("window_size", 32.5, "a whole number of tokens from 1 to 1024"),
+    ("window_size", None, "a whole number of tokens from 1 to 1024"),
+    ("pool_width", 0, "an odd number of tokens from 1 to 63"),
+    ("pool_width", 6, "an odd number of tokens from 1 to 63"),
+    ("pool_width", 65, "an odd number of tokens from 1 to 63"),
+    ("pool_width", "7", "an odd number of tokens from 1 to 63"),
+    ("sink_tokens", -1, "a whole number of tokens from 0 up"),
+    ("sink_tokens", 0.5, "a whole number of tokens from 0 up"),
+    ("scope", "all", "'suffix' or 'prompt'"),
+    ("scope", None, "'suffix' or 'prompt'"),
+    ("scope", 1, "'suffix' or 'prompt'"),
+    ("seed", -1, "a whole number from 0 up"),
+    ("seed", 1.5, "a whole number from 0 up"),
+]
+
+
+def reasons(values: dict[str, Any], **kwargs: Any) -> list[str]:
+    with pytest.raises(KVCompressionError) as caught:
+        KVCompressionConfig.parse(values, **kwargs)
+    return caught.value.reasons
+
+
+def option(setting: str) -> str:
+    return f"--kv {setting}"
+
+
+def test_the_defaults_are_valid_and_off() -> None:
+    config = KVCompressionConfig.parse({})
+    assert config == KVCompressionConfig()
+    assert (config.method, config.budget, config.enabled) == ("none", 0.25, False)
+    assert (config.window_size, config.pool_width, config.scope) == (32, 7, "suffix")
+
+
+@pytest.mark.parametrize(("field", "value", "accepted"), BAD_VALUES)
+def test_a_bad_value_is_named_with_its_field_and_range(
+    field: str, value: Any, accepted: str
+) -> None:
+    (reason,) = reasons({field: value})
+    assert reason.startswith(f"{field}={value!r}: accepts {accepted}"), reason
+
+
+@pytest.mark.parametrize("method", RAGGED_METHODS)
+def test_a_method_of_a_later_version_says_why(method: str) -> None:
+    (reason,) = reasons({"method": method})
+    assert "does not serve yet" in reason
+
+
+def test_every_field_has_a_bad_value_above() -> None:
+    assert {field for field, _, _ in BAD_VALUES} == set(KVCompressionConfig.model_fields)
+
+
+def test_an_unknown_field_is_answered_with_the_known_ones() -> None:
+    (reason,) = reasons({"window": 16})
+    assert reason.startswith("window=16: unknown field, accepts method, budget, min_tokens")
+
+
+def test_all_bad_values_are_reported_together() -> None:
+    bad = {
+        "method": "lru",
+        "budget": -1.0,
+        "min_tokens": 0,
+        "window_size": 0,
+        "pool_width": 2,
+        "sink_tokens": -1,
+        "scope": "all",
+        "seed": -1,
+        "window": 1,
+    }
+    found = reasons(bad)
+    assert [reason.partition("=")[0] for reason in found] == list(bad)
+
+
+def test_names_are_shown_as_the_user_typed_them() -> None:
+    found = reasons({"budget": -1.0, "scope": "all"}, display=option)
+    assert [reason.partition("=")[0] for reason in found] == ["--kv budget", "--kv scope"]
+
+
+@pytest.mark.parametrize(("budget", "window_size"), [(16, 32), (32, 32), (2, 2), (64, 100)])
+def test_a_budget_in_tokens_exceeds_the_window(budget: int, window_size: int) -> None:
+    (reason,) = reasons({"budget": budget, "window_size": window_size})
+    assert reason.startswith(f"budget={budget}: ")
+    assert f"must exceed window_size={window_size}" in reason
+
+
+def test_the_budget_in_tokens_is_reported_with_the_other_bad_values() -> None:
+    found = reasons({"budget": 16, "pool_width": 2})
+    assert [reason.partition("=")[0] for reason in found] == ["budget", "pool_width"]
+
+
+@pytest.mark.parametrize("seed", [2**64, 2**70])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    (reason,) = reasons({"seed": seed})
+    assert reason.startswith(f"seed={seed}: accepts ")
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.25, 1, 1.0, 33, 33.0, 100_000])
+def test_good_budgets(budget: float) -> None:
+    assert KVCompressionConfig.parse({"budget": budget}).budget == budget
+
+
+@pytest.mark.parametrize("method", METHOD_CHOICES)
+def test_methods_are_served_refused_or_off(method: str) -> None:
+    if method in RAGGED_METHODS:
+        assert len(reasons({"method": method})) == 1
+    else:
+        assert KVCompressionConfig.parse({"method": method}).enabled is (method != "none")
+
+
+def test_the_settings_are_frozen_and_hashable() -> None:
+    config = KVCompressionConfig(method="snapkv")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.budget = 0.5
+    assert hash(config) == hash(KVCompressionConfig(method="snapkv"))
+
+
+def test_an_error_joins_its_reasons() -> None:
+    assert str(KVCompressionError(["a", "b"])) == "a; b"
+    assert str(KVCompressionError(["a", "b"], heading="Cannot")) == "Cannot:\n- a\n- b"
+    assert issubclass(KVCompressionError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("budget", "suffix_len", "page_size", "expected"),
+    [
+        (0.25, 1000, 1, 250),
+        (0.25, 1001, 1, 251),  # a fraction rounds up
+        (0.25, 1000, 16, 256),  # and to whole pages
+        (64, 1000, 1, 64),
+        (64, 1000, 64, 64),
+        (65, 1000, 64, 128),
+        (0.25, 40, 1, 33),  # the window and one scored token
+        (0.25, 40, 16, 48),
+        (1, 1000, 1, 1000),
+        (1.0, 1000, 16, 1008),
+        (2000, 1000, 1, 2000),
+    ],
+)
+def test_kept_tokens(budget: float, suffix_len: int, page_size: int, expected: int) -> None:
+    assert KVCompressionConfig(budget=budget).kept_tokens(suffix_len, page_size) == expected
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    data=st.data(),
+    suffix_len=st.integers(1, 5000),
+    page_size=st.sampled_from([1, 2, 16, 64, 256]),
+    window_size=st.integers(1, 128),
+)
+def test_kept_tokens_are_whole_pages_above_the_window_and_grow_with_the_budget(
+    data: st.DataObject, suffix_len: int, page_size: int, window_size: int
+) -> None:
+    budgets = st.one_of(st.floats(1e-6, 1), st.integers(window_size + 1, 6000).map(float))
+    smaller, larger = sorted([data.draw(budgets), data.draw(budgets)])
+    kept = [
+        KVCompressionConfig(budget=budget, window_size=window_size).kept_tokens(
+            suffix_len, page_size
+        )
+        for budget in (smaller, larger)
+    ]
+    assert all(type(count) is int and count % page_size == 0 for count in kept)
+    assert min(kept) >= window_size + 1
+    if (smaller <= 1) == (larger <= 1):  # fractions and tokens are two scales
+        assert kept[0] <= kept[1]
+
+
+@pytest.fixture
+def server() -> KVCompressionConfig:
+    return KVCompressionConfig(method="snapkv", budget=0.25, min_tokens=64, scope="prompt", seed=3)
+
+
+@pytest.mark.parametrize("override", [{}, {"enabled": True}])
+def test_a_request_keeps_what_it_does_not_name(
+    server: KVCompressionConfig, override: dict[str, Any]
+) -> None:
+    assert server.for_request(override) == server
+
+
+@pytest.mark.parametrize("override", [{"enabled": False}, {"enabled": False, "budget": 0.5}])
+def test_a_request_switches_compression_off(
+    server: KVCompressionConfig, override: dict[str, Any]
+) -> None:
+    assert server.for_request(override).enabled is False
+    assert server.enabled
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"budget": 0.5}, {"budget": 1}, {"budget": 100}, {"method": "random"}]
+    + [{"method": method, "budget": 0.1} for method in UNIFORM_METHODS],
+)
+def test_a_request_overrides_method_and_budget(
+    server: KVCompressionConfig, override: dict[str, Any]
+) -> None:
+    assert server.for_request(override) == server.model_copy(update=override)
+
+
+def request_reasons(server: KVCompressionConfig, override: Any) -> list[str]:
+    with pytest.raises(KVCompressionError) as caught:
+        server.for_request(override)
+    return caught.value.reasons
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "accepted"),
+    [
+        ({"enabled": 1}, "enabled", "true or false"),
+        ({"enabled": "false"}, "enabled", "true or false"),
+        ({"enabled": None}, "enabled", "true or false"),
+        ({"budget": 0}, "budget", BUDGET_RANGE),
+        ({"budget": -1}, "budget", BUDGET_RANGE),
+        ({"budget": 40.5}, "budget", BUDGET_RANGE),
+        ({"budget": "0.5"}, "budget", BUDGET_RANGE),
+        ({"budget": None}, "budget", BUDGET_RANGE),
+        ({"budget": [0.5]}, "budget", BUDGET_RANGE),
+        ({"budget": True}, "budget", BUDGET_RANGE),
+        ({"method": "none"}, "method", METHOD_RANGE),
+        ({"method": "lava"}, "method", METHOD_RANGE),
+        ({"method": 3}, "method", METHOD_RANGE),
+        ({"method": None}, "method", METHOD_RANGE),
+    ],
+)
+def test_a_bad_override_is_named(
+    server: KVCompressionConfig, override: dict[str, Any], field: str, accepted: str
+) -> None:
+    (reason,) = request_reasons(server, override)
+    value = override[field]
+    assert reason.startswith(f"kv_compression.{field}={value!r}: accepts {accepted}"), reason
+
+
+def test_an_override_in_tokens_exceeds_the_servers_window(server: KVCompressionConfig) -> None:
+    (reason,) = request_reasons(server, {"budget": 32})
+    assert reason.startswith("kv_compression.budget=32: ") and "window_size=32" in reason
+
+
+@pytest.mark.parametrize("override", [0.5, "off", [1], False, 0, ""])
+def test_an_override_is_an_object(server: KVCompressionConfig, override: Any) -> None:
+    (reason,) = request_reasons(server, override)
+    assert reason.startswith(f"kv_compression={override!r}: accepts an object with any of ")
+    assert reason.endswith("enabled, method, budget")
+
+
+@pytest.mark.parametrize("field", ["window_size", "scope", "min_tokens", "seed", "bugdet"])
+def test_other_fields_are_the_servers(server: KVCompressionConfig, field: str) -> None:
+    (reason,) = request_reasons(server, {field: 1})
+    expected = f"kv_compression.{field}=1: unknown field, accepts enabled, method, budget"
+    assert reason == expected
+
+
+def test_all_bad_overrides_are_reported_together(server: KVCompressionConfig) -> None:
+    found = request_reasons(server, {"enabled": 1, "method": "lava", "budget": "x", "scope": 1})
+    assert len(found) == 4
+
+
+def test_a_bad_budget_is_refused_also_where_compression_is_switched_off(
+    server: KVCompressionConfig,
+) -> None:
+    (reason,) = request_reasons(server, {"enabled": False, "budget": -5})
+    assert reason.startswith("kv_compression.budget=-5: accepts ")
