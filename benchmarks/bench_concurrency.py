@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     console.print(_table(settings, comparison))
     console.print(f"{comparison.ratio:.2f} times as many requests decode at once.")
-    console.print(machine_line(), highlight=False)
+    console.print(machine_line(), highlight=False, soft_wrap=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(as_json(settings, comparison), indent=2) + "\n")
 

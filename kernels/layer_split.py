@@ -83,7 +83,7 @@ def layer_split_triton(weights: torch.Tensor, total: int, cap: int) -> torch.Ten
         cap,
         L=num_layers,
         BLOCK_L=triton.next_power_of_2(num_layers),
-        num_warps=4,
+        num_warps=1,  # a reduction is then a few shuffles
     )
     return counts
 
@@ -176,9 +176,12 @@ def _divide(shares_ptr, counts_ptr, total, cap, L: tl.constexpr, BLOCK_L: tl.con
     # next quotients, share / (2 * held + 1), compared by cross-multiplication.
     waits = valid & (held < cap)
     odd = 2 * held + 1
-    mine = shares[:, None] * odd[None, :]
-    theirs = shares[None, :] * odd[:, None]
-    ahead = (theirs > mine) | ((theirs == mine) & (layer[None, :] < layer[:, None]))
-    rank = tl.sum((ahead & waits[None, :]).to(tl.int64), 1)
+    rank = tl.zeros([BLOCK_L], tl.int32)
+    for other in range(L):
+        other_share = tl.sum(tl.where(layer == other, shares, 0), 0)
+        other_odd = tl.sum(tl.where(layer == other, odd, 0), 0)
+        mine, theirs = shares * other_odd, other_share * odd
+        ahead = (theirs > mine) | ((theirs == mine) & (other < layer))
+        rank += (ahead & (other_odd < 2 * cap + 1)).to(tl.int32)
     counts = held + (waits & (rank < rest)).to(tl.int64)
     tl.store(counts_ptr + layer, counts, mask=valid)

@@ -109,9 +109,9 @@ def _threshold(
     kept, above, key, histogram = zeros.split(
         [rows * segments, rows * segments, rows, DIGITS * rows * segments * 256]
     )
-    for digit, found in enumerate(histogram.view(DIGITS, -1)):
+    for shift, found in zip((24, 16, 8, 0), histogram.view(DIGITS, -1), strict=True):
         _count_digits[(triton.cdiv(num_scored, BLOCK_M), segments, rows)](
-            scores, key, found, num_scored, DIGIT=digit, BLOCK_M=BLOCK_M, num_warps=4
+            scores, key, found, num_scored, shift, BLOCK_M=BLOCK_M, num_warps=4
         )
         _next_digit[(rows,)](
             found,
@@ -121,9 +121,9 @@ def _threshold(
             above,
             kept,
             num_scored,
+            shift,
             SEGMENTS=segments,
             BLOCK_S=triton.next_power_of_2(segments),
-            LAST=digit == DIGITS - 1,
             num_warps=4 if segments <= 8 else 8,
         )
     return kept.view(rows, segments), above.view(rows, segments), key
@@ -192,13 +192,13 @@ def _key(score):
     return (bits ^ flip).to(tl.uint32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_scored"])
+@triton.jit(do_not_specialize=["num_scored", "shift"])
 def _count_digits(
     scores_ptr,  # [rows, segments, num_scored]
-    key_ptr,  # [rows], the DIGIT digits found so far
+    key_ptr,  # [rows], the digits found so far, above bit shift + 8
     histogram_ptr,  # [rows, segments, 256]
     num_scored,
-    DIGIT: tl.constexpr,
+    shift,
     BLOCK_M: tl.constexpr,
 ):
     row = tl.program_id(2)
@@ -206,27 +206,27 @@ def _count_digits(
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = i < num_scored
     key = _key(tl.load(scores_ptr + segment * num_scored + i, mask=live, other=0.0))
-    if DIGIT > 0:
-        found = tl.load(key_ptr + row).to(tl.uint32, bitcast=True)
-        live &= (key >> (32 - 8 * DIGIT)) == found
-    digit = ((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
+    found = tl.load(key_ptr + row).to(tl.uint32, bitcast=True)
+    # The first pass has found nothing: two shifts, since one by 32 is undefined.
+    live &= ((key ^ found) >> shift >> 8) == 0
+    digit = ((key >> shift) & 255).to(tl.int32)
     counts = tl.histogram(digit, 256, mask=live)
     bins = tl.arange(0, 256)
     tl.atomic_add(histogram_ptr + segment * 256 + bins, counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_scored"])
+@triton.jit(do_not_specialize=["num_scored", "shift"])
 def _next_digit(
     histogram_ptr,  # [rows, SEGMENTS, 256], of the keys that share the digits found
     counts_ptr,  # [rows]
     floors_ptr,  # [rows]
     key_ptr,  # [rows]
     above_ptr,  # [rows, SEGMENTS], keys above those that share the digits found
-    kept_ptr,  # [rows, SEGMENTS]
+    kept_ptr,  # [rows, SEGMENTS], right after the last digit
     num_scored,
+    shift,
     SEGMENTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    LAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + row).to(tl.int32)
@@ -247,16 +247,14 @@ def _next_digit(
     digit = tl.sum((tl.sum(kept, 0) >= count).to(tl.int32), 0) - 1
     above += tl.sum(tl.where(bins[None, :] > digit, histogram, 0), 1)
     tl.store(above_ptr + segment, above, mask=valid)
-    key = tl.load(key_ptr + row)
-    tl.store(key_ptr + row, (key << 8) | digit)
-    if LAST:
-        # The entries that equal the key fill what is left, lower segments first.
-        equal = tl.sum(tl.where(bins[None, :] == digit, histogram, 0), 1)
-        sure = tl.where(valid, tl.maximum(above, floor), 0)
-        room = tl.where(valid, tl.maximum(above + equal - sure, 0), 0)
-        left = count - tl.sum(sure, 0) - (tl.cumsum(room, 0) - room)
-        taken = tl.minimum(tl.maximum(left, 0), room)
-        tl.store(kept_ptr + segment, sure + taken, mask=valid)
+    tl.store(key_ptr + row, tl.load(key_ptr + row) | (digit << shift))
+    # The entries that equal the key fill what is left, lower segments first.
+    equal = tl.sum(tl.where(bins[None, :] == digit, histogram, 0), 1)
+    sure = tl.where(valid, tl.maximum(above, floor), 0)
+    room = tl.where(valid, tl.maximum(above + equal - sure, 0), 0)
+    left = count - tl.sum(sure, 0) - (tl.cumsum(room, 0) - room)
+    taken = tl.minimum(tl.maximum(left, 0), room)
+    tl.store(kept_ptr + segment, sure + taken, mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_scored", "first_token", "window_size", "tape_len"])

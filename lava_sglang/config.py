@@ -12,7 +12,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 """Methods that keep the same number of entries in every layer and head."""
@@ -32,7 +39,7 @@ _ACCEPTS = {
     "pool_width": "an odd number of tokens from 1 to 63",
     "sink_tokens": "a whole number of tokens from 0 up",
     "scope": "'suffix' or 'prompt'",
-    "seed": "a whole number from 0 up",
+    "seed": "a whole number from 0 to 2**63 - 1",
     "enabled": "true or false",
 }
 
@@ -52,12 +59,12 @@ class KVCompressionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: str = "none"
-    # Fraction of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
-    budget: float = 0.25
     # Suffixes shorter than this many tokens are served uncompressed.
     min_tokens: int = Field(default=512, ge=1)
     # Last prompt tokens whose queries score the suffix; their own entries are always kept.
     window_size: int = Field(default=32, ge=1, le=1024)
+    # Fraction of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
+    budget: float = 0.25
     # Width in tokens of the max-pool over SnapKV's scores.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
@@ -65,7 +72,7 @@ class KVCompressionConfig(BaseModel):
     # suffix: a prefix matched in the radix tree stays exact and shared. prompt: all is compressed.
     scope: Scope = "suffix"
     # Seed of the random method, a baseline.
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
 
     @field_validator("method")
     @classmethod
@@ -88,19 +95,13 @@ class KVCompressionConfig(BaseModel):
 
     @field_validator("budget")
     @classmethod
-    def _fraction_or_tokens(cls, budget: float) -> float:
+    def _fraction_or_tokens(cls, budget: float, info: ValidationInfo) -> float:
         if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
             raise ValueError("neither a fraction nor a number of tokens")
+        window_size = info.data.get("window_size", 0)  # absent if it is bad itself
+        if 1 < budget <= window_size:
+            raise ValueError(f"must exceed window_size={window_size}, it includes the window")
         return budget
-
-    @model_validator(mode="after")
-    def _tokens_exceed_window(self) -> KVCompressionConfig:
-        if 1 < self.budget <= self.window_size:
-            raise ValueError(
-                f"budget={_plain(self.budget)}: a budget in tokens includes the observation "
-                f"window and must exceed window_size={self.window_size}"
-            )
-        return self
 
     @property
     def enabled(self) -> bool:
@@ -138,11 +139,10 @@ class KVCompressionConfig(BaseModel):
                 ]
             )
         request = _validate(RequestOverride, override, "kv_compression.{}".format)
-        if not request.enabled:
-            return self.model_copy(update={"method": "none"})
         changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
         merged = {**self.model_dump(), **changed}
-        return _validate(type(self), merged, "kv_compression.{}".format)
+        settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
+        return settings if request.enabled else settings.model_copy(update={"method": "none"})
 
 
 class RequestOverride(BaseModel):
@@ -165,8 +165,6 @@ def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], s
 
 def _sentence(error: Any, display: Callable[[str], str], model: Any) -> str:
     inner = error.get("ctx", {}).get("error")
-    if not error["loc"]:
-        return display(str(inner))
     field = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         known = ", ".join(model.model_fields)

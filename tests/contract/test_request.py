@@ -355,7 +355,14 @@ def test_a_bad_override_ends_that_request_with_the_reason(override: Any, words: 
     assert req.to_finish.status_code == 400
     assert list(req.origin_input_ids) == [0]  # SGLang's own way to end it without a prefill
     assert req.compression == CONFIG  # never half an override
-    assert req.plan_for(0) is not None
+
+
+def test_a_request_that_ended_by_its_settings_is_counted_as_aborted() -> None:
+    """Not as too short: SGLang runs it with one token in place of its prompt."""
+    req = request(custom_params={"kv_compression": {"budget": -1}})
+    req.refresh_fill_ids()
+    req.begin_prefill()
+    assert req.skip_reason is SkipReason.ABORTED
 
 
 def test_settings_of_another_feature_in_custom_params_are_left_alone() -> None:

@@ -316,14 +316,13 @@ def random_text(rng: random.Random, documents: list[list[int]]) -> list[int]:
     return (shared + text(own, first=100 * start + 5000)) or [1]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("disabled", [False, True], ids=["radix", "no radix"])
 def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: int) -> None:
     """Admit, chunk, compress, decode, finish, retract, flush in any order; checked every step."""
     rng = random.Random(seed)
     engine = build_engine(page_size, slots=384, disable_radix_cache=disabled)
     documents = [text(90, first=1000 * number) for number in range(3)]
-    outcomes: set[str] = set()
     waiting: list[LavaReq] = []
 
     def start() -> None:
@@ -339,7 +338,8 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
                 "scope": rng.choice(["suffix", "suffix", "prompt"]),
             }
         )
-        return engine.request(random_text(rng, documents), config)
+        tenant = rng.choice([None, None, "tenant"])
+        return engine.request(random_text(rng, documents), config, extra_key=tenant)
 
     def extend() -> None:
         chunks = []
@@ -364,9 +364,7 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
 
     def finish() -> None:
         if engine.decoding:
-            req = rng.choice(engine.decoding)
-            outcomes.add(str(req.info().get("reason", "compressed")))
-            engine.finish(req)
+            engine.finish(rng.choice(engine.decoding))
 
     def retract() -> None:
         live = [req for req in engine.decoding + engine.prefilling if req.kv.holds_kv]
@@ -383,7 +381,7 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
             engine.served.clear()
 
     actions = [start, start, start, extend, extend, extend, decode, decode, finish, finish, retract]
-    for _ in range(120):
+    for _ in range(100):
         rng.choice([*actions, flush])()
         engine.check()
     while engine.prefilling or engine.decoding:
@@ -392,4 +390,5 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
     free, evictable, protected = owned(engine)
     assert free + evictable == 384 and protected == 0
     assert engine.rows.available_size() == 16
-    assert "compressed" in outcomes and len(outcomes) >= 2
+    outcomes = engine.coordinator.stats.requests
+    assert outcomes["compressed"] >= 3 and len(outcomes) >= 2
