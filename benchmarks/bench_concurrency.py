@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lava_sglang.comparison import (
+from lava_sglang.demo.comparison import (
     Comparison,
     ComparisonSettings,
     load_prompts,
     run_prompts,
     server_options,
 )
-from lava_sglang.load import ConcurrencyResult
-from lava_sglang.screen import live
+from lava_sglang.demo.load import ConcurrencyResult
+from lava_sglang.demo.screen import live
 from lava_sglang.server_process import Server
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lava_sglang import __version__
-from lava_sglang.comparison import ComparisonSettings
 from lava_sglang.config import KVCompressionError
+from lava_sglang.demo.comparison import ComparisonSettings
 from lava_sglang.patching import add_patch_command
 
 
@@ -89,7 +89,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _demo_model(args: argparse.Namespace) -> int:
-    from lava_sglang.demo_model import DemoModelError, write_demo_model
+    from lava_sglang.demo.model import DemoModelError, write_demo_model
 
     try:
         write_demo_model(args.directory, lambda line: print(line, flush=True))
@@ -114,9 +114,9 @@ def _demo(args: argparse.Namespace) -> int:
     import httpx
     from rich.console import Console
 
-    from lava_sglang import demo
-    from lava_sglang.load import LoadError
-    from lava_sglang.passages import PassageError
+    from lava_sglang.demo import run as demo
+    from lava_sglang.demo.load import LoadError
+    from lava_sglang.demo.passages import PassageError
     from lava_sglang.server_process import ServerError
 
     _stop_on_sigterm()

@@ -67,8 +67,11 @@ class KVCompressionCoordinator:
                 self.capture.add(req.window, batch_start, chunk, req.plan.prompt_len)
             batch_start += req.extend_len
 
-    def end_extend(self, batch: ScheduleBatch) -> None:
-        """After the launch: compress what finished its prefill. Mutates the batch's lengths."""
+    def end_extend(self, batch: ScheduleBatch) -> bool:
+        """After the launch: compress what finished its prefill. Mutates the batch's lengths.
+
+        Returns whether any request was compressed, and slots were freed.
+        """
         self.capture.segments.clear()
         lengths: dict[int, int] = {}
         for i, req in enumerate(batch.reqs):
@@ -82,6 +85,7 @@ class KVCompressionCoordinator:
             self.stats.count(req)
         if lengths:
             _set_lengths(batch, lengths)
+        return bool(lengths)
 
     def _compress(self, req: LavaReq, plan: CompressionPlan) -> bool:
         method = method_of(req.compression)

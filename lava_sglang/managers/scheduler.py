@@ -8,8 +8,9 @@ from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
 
-from lava_sglang import compat, plugin
+from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
+from lava_sglang.attention.backend import capture_queries
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
@@ -32,7 +33,7 @@ class LavaScheduler(Scheduler):
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self.kv_compression_config = config_of(server_args)
         self.kv_compression = KVCompressionCoordinator()
-        plugin.install_runtime_hooks(self)
+        self._add_kv_compression_hooks()
         super().__init__(server_args, *args, **kwargs)
         compat.refuse(compat.scheduler_reasons(self))
         self.kv_compression.attach(self)
@@ -48,7 +49,11 @@ class LavaScheduler(Scheduler):
             return super().run_batch(batch, *args, **kwargs)
         self.kv_compression.begin_extend(batch)
         result = super().run_batch(batch, *args, **kwargs)
-        self.kv_compression.end_extend(batch)
+        if self.kv_compression.end_extend(batch):
+            # Admission gave up while the exact prompts were in the way, and SGLang asks again
+            # only when a request leaves.
+            self.running_batch.batch_is_full = False
+            batch.batch_is_full = False
         return result
 
     def get_prefill_adder_class(self) -> type[LavaPrefillAdder]:
@@ -76,6 +81,28 @@ class LavaScheduler(Scheduler):
         """What the "Prefill batch" and "Decode batch" log lines add."""
         running = self._observe_kv_compression()
         return [f"#kv-comp-req: {running[0]}", f"kv-comp slots saved: {running[1]}"]
+
+    def _add_kv_compression_hooks(self) -> None:
+        coordinator = self.kv_compression
+
+        def capture(backend: Any, runner: Any, full_attn_backend: Any) -> Any:
+            return capture_queries(backend, coordinator.capture)
+
+        def shift_positions(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+            positions = coordinator.positions
+            if positions is not None and forward_batch.forward_mode.is_decode():
+                forward_batch.positions = positions.shift(
+                    forward_batch.positions, forward_batch.req_pool_indices
+                )
+
+        def add_log_parts(parts: list[str], *args: Any) -> list[str]:
+            return parts + self.kv_compression_log_parts()
+
+        hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
+        hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
+        hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)
+        hooks.add(f"sglang.{seams.DECODE_LOG.target}", add_log_parts)
+        hooks.apply(check_seams=True)
 
     def _observe_kv_compression(self) -> tuple[int, int]:
         running = running_totals(self.running_batch.reqs)

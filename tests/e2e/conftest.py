@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lava_sglang.demo_model import write_demo_model
+from lava_sglang.demo.model import write_demo_model
 from lava_sglang.server_process import Server
 from tests.e2e.client import generate_all
 from tests.e2e.prompts import cut, prose_tokens

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lava_sglang import __version__, cli, compat, demo, demo_model, doctor, serve
-from lava_sglang.comparison import ComparisonSettings
+from lava_sglang import __version__, cli, compat, doctor, serve
+from lava_sglang.demo import model as demo_model
+from lava_sglang.demo import run as demo
+from lava_sglang.demo.comparison import ComparisonSettings
 from lava_sglang.seams import SEAMS
 from lava_sglang.server_process import ServerError
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lava_sglang import demo, screen
-from lava_sglang.comparison import Comparison, ComparisonSettings, server_options
-from lava_sglang.load import ConcurrencyResult, RequestTrace
-from lava_sglang.passages import (
+from lava_sglang.demo import run as demo
+from lava_sglang.demo import screen
+from lava_sglang.demo.comparison import Comparison, ComparisonSettings, server_options
+from lava_sglang.demo.load import ConcurrencyResult, RequestTrace
+from lava_sglang.demo.passages import (
     QUESTION,
     PassageError,
     Prompt,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lava_sglang.load import (
+from lava_sglang.demo.load import (
     ConcurrencyResult,
     LoadError,
     LoadProgress,

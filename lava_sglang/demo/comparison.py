@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
-from lava_sglang.load import ConcurrencyResult, LoadProgress, measure_concurrency
-from lava_sglang.passages import Prompt, long_prompts, python_topics, text_files
+from lava_sglang.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
+from lava_sglang.demo.passages import Prompt, long_prompts, python_topics, text_files
 from lava_sglang.server_process import Server, machine_options
 
 OFF = {"kv_compression": {"enabled": False}}

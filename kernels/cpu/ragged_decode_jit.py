@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled loops of ragged decode: plan the work, attend block by block, merge the parts.
+
+numba compiles what is here; where its vectoriser falls short the LLVM IR is written out, so the
+op needs no C++ compiler and runs on whatever vector unit the CPU has. All of it is in one file
+because numba's disk cache watches only the file of the function that it caches.
+
+Words: an *item* is up to ITEM_ENTRIES entries that one thread attends to, for all heads (shared
+rows: prefix and tail) or for one head (a tape piece); a *part* is the unnormalised output, running
+maximum and sum of one (item, head). Items do not depend on the number of threads, so neither
+does the result, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+ITEM_ENTRIES = 256
+BLOCK_ENTRIES = 64  # scores of a block stay in the first-level cache
+AHEAD = 16  # entries between a prefetch and its use
+PAD = 16  # blocks are padded to a multiple of this
+VALUE_UNROLL = 8
+CACHE_LINE = 64
+
+HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+BYTE_POINTER = ir.IntType(8).as_pointer()
+# exp2 on [-0.5, 0.5], minimax, relative error 1e-7 in float32.
+EXP2 = (
+    1.0000000005541683,
+    0.6931472057372611,
+    0.24022646890620494,
+    0.05550328776973794,
+    0.009618488958573116,
+    0.0013399931216548045,
+    0.0001534581161386254,
+)
+
+
+def vector_lanes(head_dim: int) -> int:
+    """float32 lanes of one vector operation."""
+    return 16 if HAS_AVX512 and head_dim % 16 == 0 else 8
+
+
+def splits_pairs(head_dim: int, is_bfloat16: bool) -> bool:
+    """Whether rows are read as pairs: even elements of 2 x lanes first, then the odd ones.
+
+    One 32-bit lane holds two bfloat16: a shift widens the even one, a mask the odd one.
+    """
+    return is_bfloat16 and head_dim % (2 * vector_lanes(head_dim)) == 0
+
+
+def element_order(head_dim: int, is_bfloat16: bool) -> np.ndarray:
+    """int64 [head_dim]: the element of a row that stands at each place of a widened row."""
+    places = np.arange(head_dim, dtype=np.int64)
+    if not splits_pairs(head_dim, is_bfloat16):
+        return places
+    return places.reshape(-1, vector_lanes(head_dim), 2).transpose(0, 2, 1).reshape(-1)
+
+
+class Emit:
+    """Writes vector IR at the builder's position. Vectors are float32 [lanes]."""
+
+    def __init__(self, builder: Any, lanes: int):
+        self.builder = builder
+        self.lanes = lanes
+        self.vector = ir.VectorType(F32, lanes)
+        self.ints = ir.VectorType(I32, lanes)
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """An LLVM intrinsic on vectors, such as llvm.fma."""
+        signature = ir.FunctionType(self.vector, [self.vector] * len(arguments))
+        name = f"{name}.v{self.lanes}f32"
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        return self.builder.call(function, list(arguments))
+
+    def fma(self, x: Any, y: Any, addend: Any) -> Any:
+        return self.call("llvm.fma", x, y, addend)
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        return self.call("llvm.maxnum", x, y)
+
+    def load(self, data: Any, index: Any, element: Any = F32, count: int = 0) -> Any:
+        """`count` elements at data[index]; aligned to one element only."""
+        kind = ir.VectorType(element, count or self.lanes)
+        pointer = self.builder.gep(data, [index])
+        loaded = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()))
+        loaded.align = 4 if element in (F32, I32) else 2
+        return loaded
+
+    def store(self, vector: Any, data: Any, index: Any) -> None:
+        pointer = self.builder.gep(data, [index])
+        pointer = self.builder.bitcast(pointer, vector.type.as_pointer())
+        self.builder.store(vector, pointer).align = 4
+
+    def shuffle(self, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self.builder.shuffle_vector(x, y, mask)
+
+    def splat(self, scalar: Any) -> Any:
+        empty = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        first = self.builder.insert_element(empty, scalar, ir.Constant(I32, 0))
+        return self.shuffle(first, first, [0] * self.lanes)
+
+    def first(self, vector: Any) -> Any:
+        return self.builder.extract_element(vector, ir.Constant(I32, 0))
+
+    def reduce(self, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """All lanes combined, in every lane."""
+        half = self.lanes // 2
+        while half:
+            turned = [(lane + half) % self.lanes for lane in range(self.lanes)]
+            vector = combine(vector, self.shuffle(vector, vector, turned))
+            half //= 2
+        return vector
+
+    def sum_four(self, vectors: Sequence[Any]) -> Any:
+        """The sums of four vectors, as one vector of four."""
+        add, lanes = self.builder.fadd, self.lanes
+        half, quarter = lanes // 2, lanes // 4
+        low = [*range(half), *range(lanes, lanes + half)]
+        high = [lane + half for lane in low]
+        x, y, z, w = vectors
+        xy = add(self.shuffle(x, y, low), self.shuffle(x, y, high))
+        zw = add(self.shuffle(z, w, low), self.shuffle(z, w, high))
+        starts = (0, half, lanes, lanes + half)
+        low = [start + lane for start in starts for lane in range(quarter)]
+        high = [lane + quarter for lane in low]
+        sums = add(self.shuffle(xy, zw, low), self.shuffle(xy, zw, high))
+        step = quarter // 2
+        while step:
+            turned = [lane - lane % quarter + (lane + step) % quarter for lane in range(lanes)]
+            sums = add(sums, self.shuffle(sums, sums, turned))
+            step //= 2
+        return self.shuffle(sums, sums, [0, quarter, 2 * quarter, 3 * quarter])
+
+    def exp2(self, x: Any) -> Any:
+        """2**x for x <= 0; 2**-126 below that, which vanishes next to the maximum's 1."""
+        builder = self.builder
+        x = self.maximum(x, self.constant(-126.0))
+        whole = self.call("llvm.nearbyint", x)
+        rest = builder.fsub(x, whole)
+        power = self.constant(EXP2[-1])
+        for coefficient in reversed(EXP2[:-1]):
+            power = self.fma(power, rest, self.constant(coefficient))
+        exponent = builder.add(
+            builder.fptosi(whole, self.ints), ir.Constant(self.ints, [127] * self.lanes)
+        )
+        scale = builder.shl(exponent, ir.Constant(self.ints, [23] * self.lanes))
+        return builder.fmul(power, builder.bitcast(scale, self.vector))
+
+    def prefetch(self, data: Any, index: Any, num_bytes: int) -> None:
+        """Asks for the cache lines of data[index:], into the second level."""
+        arguments = [BYTE_POINTER, I32, I32, I32]
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
+        )
+        start = self.builder.bitcast(self.builder.gep(data, [index]), BYTE_POINTER)
+        read, level, data_cache = (ir.Constant(I32, value) for value in (0, 2, 1))
+        for offset in range(0, num_bytes, CACHE_LINE):
+            line = self.builder.gep(start, [I64(offset)])
+            self.builder.call(function, [line, read, level, data_cache])
+
+    def widen(self, storage: Any, data: Any, index: Any, pairs: bool) -> list[Any]:
+        """Elements data[index:] as float32: one vector, or two where rows are read as pairs."""
+        builder = self.builder
+        if storage == types.float32:
+            return [self.load(data, index)]
+        if storage == types.int16:
+            data = builder.bitcast(data, ir.HalfType().as_pointer())
+            half = self.load(data, index, ir.HalfType())
+            return [builder.fpext(half, self.vector)]
+        shift = ir.Constant(self.ints, [16] * self.lanes)
+        if not pairs:
+            bits = builder.zext(self.load(data, index, I16), self.ints)
+            return [builder.bitcast(builder.shl(bits, shift), self.vector)]
+        bits = builder.bitcast(self.load(data, index, I16, 2 * self.lanes), self.ints)
+        mask = ir.Constant(self.ints, [0xFFFF0000] * self.lanes)
+        even, odd = builder.shl(bits, shift), builder.and_(bits, mask)
+        return [builder.bitcast(even, self.vector), builder.bitcast(odd, self.vector)]
+
+
+def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    return make_array(kind)(context, builder, value).data
+
+
+@intrinsic(prefer_literal=True)
+def score_block(
+    typing: Any, query: Any, arena: Any, rows: Any, count: Any, heads: Any, scores: Any,
+    head_dim: Any, group: Any,
+) -> Any:  # fmt: skip
+    """scores[head, g, i] = query[head, g] . arena[rows[i] + head * D :]; `count` is padded."""
+    dim, size = head_dim.literal_value, group.literal_value
+    intp = types.intp
+    signature = types.void(query, arena, rows, intp, intp, scores, head_dim, group)
+    lanes = vector_lanes(dim)
+    pairs = splits_pairs(dim, arena.dtype == types.uint16)
+    step = 2 * lanes if pairs else lanes
+    row_bytes = dim * arena.dtype.bitwidth // 8
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = Emit(builder, lanes)
+        q, keys, row_data, out = (
+            _data(context, builder, sig.args[place], arguments[place]) for place in (0, 1, 2, 5)
+        )
+        add, mul = builder.add, builder.mul
+        with cgutils.for_range(builder, builder.sdiv(arguments[3], I64(4))) as quads:
+            first = mul(quads.index, I64(4))
+            with cgutils.for_range(builder, arguments[4]) as head:
+                head_offset = mul(head.index, I64(dim))
+                places = [add(first, I64(entry)) for entry in range(4)]
+                for place in places:
+                    later = builder.load(builder.gep(row_data, [add(place, I64(AHEAD))]))
+                    emit.prefetch(keys, add(later, head_offset), row_bytes)
+                starts = [
+                    add(builder.load(builder.gep(row_data, [place])), head_offset)
+                    for place in places
+                ]
+                for g0 in range(0, size, 4):
+                    members = range(g0, min(size, g0 + 4))
+                    sums: dict[tuple[int, int], Any] = {}
+                    for d0 in range(0, dim, step):
+                        wide = [
+                            emit.widen(arena.dtype, keys, add(start, I64(d0)), pairs)
+                            for start in starts
+                        ]
+                        for part in range(step // lanes):
+                            for g in members:
+                                at = mul(head.index, I64(size * dim))
+                                at = add(at, I64(g * dim + d0 + part * lanes))
+                                factor = emit.load(q, at)
+                                for entry in range(4):
+                                    term = wide[entry][part]
+                                    so_far = sums.get((g, entry))
+                                    sums[g, entry] = (
+                                        builder.fmul(factor, term)
+                                        if so_far is None
+                                        else emit.fma(factor, term, so_far)
+                                    )
+                    for g in members:
+                        at = mul(head.index, I64(size * BLOCK_ENTRIES))
+                        at = add(at, add(first, I64(g * BLOCK_ENTRIES)))
+                        emit.store(emit.sum_four([sums[g, entry] for entry in range(4)]), out, at)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def softmax_block(
+    typing: Any, scores: Any, count: Any, num_rows: Any, maxima: Any, sums: Any, outputs: Any,
+    head_dim: Any,
+) -> Any:  # fmt: skip
+    """Turns scores (base 2) into weights, row by row; rescales the row's sum and output."""
+    dim = head_dim.literal_value
+    intp = types.intp
+    signature = types.void(scores, intp, intp, maxima, sums, outputs, head_dim)
+    lanes = vector_lanes(dim)
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = Emit(builder, lanes)
+        score_data, max_data, sum_data, out = (
+            _data(context, builder, sig.args[place], arguments[place]) for place in (0, 3, 4, 5)
+        )
+        add, mul = builder.add, builder.mul
+        vectors = builder.sdiv(arguments[1], I64(lanes))
+        running = cgutils.alloca_once(builder, emit.vector)
+        with cgutils.for_range(builder, arguments[2]) as row:
+            base = mul(row.index, I64(BLOCK_ENTRIES))
+            old = emit.splat(builder.load(builder.gep(max_data, [row.index])))
+            builder.store(old, running)
+            with cgutils.for_range(builder, vectors) as step:
+                at = add(base, mul(step.index, I64(lanes)))
+                highest = emit.maximum(builder.load(running), emit.load(score_data, at))
+                builder.store(highest, running)
+            new = emit.reduce(builder.load(running), emit.maximum)
+            decay = emit.exp2(builder.fsub(old, new))
+            builder.store(emit.constant(0.0), running)
+            with cgutils.for_range(builder, vectors) as step:
+                at = add(base, mul(step.index, I64(lanes)))
+                weight = emit.exp2(builder.fsub(emit.load(score_data, at), new))
+                emit.store(weight, score_data, at)
+                builder.store(builder.fadd(builder.load(running), weight), running)
+            total = emit.first(emit.reduce(builder.load(running), builder.fadd))
+            sum_at = builder.gep(sum_data, [row.index])
+            kept = builder.fmul(builder.load(sum_at), emit.first(decay))
+            builder.store(builder.fadd(kept, total), sum_at)
+            builder.store(emit.first(new), builder.gep(max_data, [row.index]))
+            for d0 in range(0, dim, lanes):
+                at = add(mul(row.index, I64(dim)), I64(d0))
+                emit.store(builder.fmul(emit.load(out, at), decay), out, at)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def value_block(
+    typing: Any, outputs: Any, arena: Any, rows: Any, count: Any, heads: Any, value_offset: Any,
+    weights: Any, head_dim: Any, group: Any,
+) -> Any:  # fmt: skip
+    """outputs[head, g] += sum over i of weights[head, g, i] * arena[rows[i] + value_offset + ..]."""
+    dim, size = head_dim.literal_value, group.literal_value
+    intp = types.intp
+    signature = types.void(
+        outputs, arena, rows, intp, intp, intp, weights, head_dim, group
+    )
+    lanes = vector_lanes(dim)
+    pairs = splits_pairs(dim, arena.dtype == types.uint16)
+    step = 2 * lanes if pairs else lanes
+    registers = 16 if lanes == 16 else 10  # accumulators of a tile, the rest is for operands
+    tile_group = min(size, 8)
+    tile_dims = step * max(1, registers * lanes // (tile_group * step))
+    row_bytes = arena.dtype.bitwidth // 8
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = Emit(builder, lanes)
+        out, values, row_data, weight_data = (
+            _data(context, builder, sig.args[place], arguments[place]) for place in (0, 1, 2, 6)
+        )
+        add, mul = builder.add, builder.mul
+        with cgutils.for_range(builder, builder.sdiv(arguments[3], I64(VALUE_UNROLL))) as runs:
+            first = mul(runs.index, I64(VALUE_UNROLL))
+            with cgutils.for_range(builder, arguments[4]) as head:
+                offset = add(arguments[5], mul(head.index, I64(dim)))
+                out_base = mul(head.index, I64(size * dim))
+                weight_base = add(mul(head.index, I64(size * BLOCK_ENTRIES)), first)
+                for g0 in range(0, size, tile_group):
+                    members = range(g0, min(size, g0 + tile_group))
+                    for d0 in range(0, dim, tile_dims):
+                        dims = range(d0, min(dim, d0 + tile_dims), lanes)
+                        tile = {
+                            (g, d): emit.load(out, add(out_base, I64(g * dim + d)))
+                            for g in members
+                            for d in dims
+                        }
+                        for entry in range(VALUE_UNROLL):
+                            place = add(first, I64(entry))
+                            if g0 == 0:
+                                later = builder.gep(row_data, [add(place, I64(AHEAD))])
+                                later = add(add(builder.load(later), offset), I64(d0))
+                                emit.prefetch(values, later, len(dims) * lanes * row_bytes)
+                            start = builder.load(builder.gep(row_data, [place]))
+                            start = add(start, offset)
+                            wide = [
+                                vector
+                                for d in dims[:: step // lanes]
+                                for vector in emit.widen(
+                                    arena.dtype, values, add(start, I64(d)), pairs
+                                )
+                            ]
+                            for g in members:
+                                at = add(weight_base, I64(g * BLOCK_ENTRIES + entry))
+                                weight = builder.load(builder.gep(weight_data, [at]))
+                                weight = emit.splat(weight)
+                                for d, term in zip(dims, wide, strict=True):
+                                    tile[g, d] = emit.fma(weight, term, tile[g, d])
+                        for (g, d), vector in tile.items():
+                            emit.store(vector, out, add(out_base, I64(g * dim + d)))
+        return context.get_dummy_value()
+
+    return signature, generate
