@@ -91,14 +91,14 @@ def test_five_streams_on_a_server_that_decodes_two(url: str) -> None:
         seen.append((now.count("decoding"), now.used_slots))
 
     result = measure_concurrency(
-        url, [[9, 9]] * 5, max_new_tokens=8, on_progress=on_progress, custom_params={"a": 1}
+        url, [[9, 9]] * 5, max_new_tokens=20, on_progress=on_progress, custom_params={"a": 1}
     )
     assert result.peak_decoding == 2
     assert result.peak_used_slots == 200
-    assert result.seconds >= 3 * 7 * 0.05
-    assert [r.tokens for r in result.responses] == [8] * 5
+    assert result.seconds >= 3 * 19 * 0.05
+    assert [r.tokens for r in result.responses] == [20] * 5
     assert {r.state for r in result.responses} == {"done"}
-    assert all(r.text == "word " * 8 and r.compression == {"a": 1} for r in result.responses)
+    assert all(r.text == "word " * 20 and r.compression == {"a": 1} for r in result.responses)
     assert result.retractions == 5
     assert max(decoding for decoding, _ in seen) <= 2
     assert seen[-1][0] == 0
