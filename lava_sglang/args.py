@@ -13,9 +13,16 @@ from typing import Any
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
 from sglang.srt.arg_groups.model_override_base import resolving_view
+from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.server_args import ServerArgs
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressionError
+from lava_sglang.config import (
+    DECODE_BACKEND,
+    METHOD_CHOICES,
+    RAGGED_METHODS,
+    KVCompressionConfig,
+    KVCompressionError,
+)
 
 _DEFAULTS = KVCompressionConfig()
 
@@ -127,3 +134,15 @@ def validate(server_args: Any, previous: Any) -> None:
         reasons = reasons + compat.version_reasons() + compat.feature_reasons(view)
     if reasons:
         raise KVCompressionError(reasons, heading="KV compression cannot start")
+
+
+def choose_decode_backend(server_args: Any, previous: Any) -> None:
+    """Resolution hook, step `handle_attention_backend_compatibility`.
+
+    A method that keeps its own number of entries per head decodes on our backend; prefill stays on
+    the one that the user chose or SGLang resolved. On a CPU our backend has the stock one's name.
+    """
+    previous(server_args)
+    view = resolving_view(server_args)
+    if view.kv_compression in RAGGED_METHODS and view.device != "cpu":
+        declare_resolution(server_args, "lava_sglang", decode_attention_backend=DECODE_BACKEND)

@@ -128,15 +128,12 @@ def feature_reasons(view: Any) -> list[str]:
 
 def scheduler_reasons(scheduler: Any) -> list[str]:
     """What the loaded model and the pools that SGLang built do not fit. Shapes only, no tensors."""
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     reasons = []
-    if type(pool) is not MHATokenToKVPool:
-        reasons.append(f"KV pool {type(pool).__name__}: only MHATokenToKVPool is supported")
-    elif pool.k_buffer[0].dim() != 3:
-        reasons.append(f"KV pool layout {tuple(pool.k_buffer[0].shape)}: only [slots, heads, dim]")
+    if type(pool).__name__ != "LavaMHATokenToKVPool":
+        reasons.append(f"KV pool {type(pool).__name__}: only SGLang's plain MHA pool is supported")
     if not isinstance(scheduler.tree_cache, UnifiedRadixCache):
         name = type(scheduler.tree_cache).__name__
         reasons.append(f"prefix cache {name}: only UnifiedRadixCache is supported")
@@ -149,6 +146,13 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
     prefill = getattr(backend, "prefill_backend", backend)
     if not type(prefill).__name__.startswith("Lava"):
         reasons.append(f"attention backend {type(prefill).__name__} does not hand over its queries")
+    decode = getattr(backend, "decode_backend", backend)
+    if scheduler.kv_compression_config.ragged and not hasattr(decode, "tape"):
+        reasons.append(
+            f"decode attention backend {type(decode).__name__}: "
+            f"{scheduler.kv_compression_config.method} keeps its own entries in each head, "
+            "which only --decode-attention-backend lava reads (torch_native on a CPU)"
+        )
     return reasons + model_reasons(runner.model)
 
 

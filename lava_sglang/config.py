@@ -21,18 +21,22 @@ from pydantic import (
     field_validator,
 )
 
-UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
-"""Methods that keep the same number of entries in every layer and head."""
-
 RAGGED_METHODS = ("lava", "adakv", "pyramidkv")
-"""Methods that need a different number of entries per layer and head: not served yet."""
+"""Methods that keep their own number of entries in every layer and head: any of them needs the
+server to have been started with one, for its decode backend."""
 
-METHOD_CHOICES = ("none", *UNIFORM_METHODS, *RAGGED_METHODS)
+UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
+"""Methods that keep the same number of entries everywhere: any decode backend reads them."""
+
+METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
+
+DECODE_BACKEND = "lava"
+"""The name of our attention backend: the only one that decodes ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt"]
 
 _ACCEPTS = {
-    "method": f"one of {', '.join(UNIFORM_METHODS)}",
+    "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
     "budget": "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size",
     "min_tokens": "a whole number of tokens from 1 up",
     "window_size": "a whole number of tokens from 1 to 1024",
@@ -77,11 +81,6 @@ class KVCompressionConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method in RAGGED_METHODS:
-            raise ValueError(
-                "needs a different number of entries per layer and head, "
-                "which this version does not serve yet"
-            )
         if method not in METHOD_CHOICES:
             raise ValueError("unknown method")
         return method
@@ -106,6 +105,10 @@ class KVCompressionConfig(BaseModel):
     @property
     def enabled(self) -> bool:
         return self.method != "none"
+
+    @property
+    def ragged(self) -> bool:
+        return self.method in RAGGED_METHODS
 
     def kept_tokens(self, suffix_len: int, page_size: int) -> int:
         """Slots that a suffix of `suffix_len` tokens is compressed to, a multiple of `page_size`.
@@ -139,6 +142,14 @@ class KVCompressionConfig(BaseModel):
                 ]
             )
         request = _validate(RequestOverride, override, "kv_compression.{}".format)
+        if request.method in RAGGED_METHODS and not self.ragged:
+            served = ", ".join(UNIFORM_METHODS)
+            raise KVCompressionError(
+                [
+                    f"kv_compression.method={request.method!r}: accepts one of {served} on this "
+                    f"server, which runs {self.method} on a decode backend for equal budgets"
+                ]
+            )
         changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
         merged = {**self.model_dump(), **changed}
         settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
@@ -151,7 +162,7 @@ class RequestOverride(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     enabled: bool = True
-    method: Literal["snapkv", "streamingllm", "random"] | None = None
+    method: Literal[METHOD_CHOICES[1:]] | None = None  # type: ignore[valid-type]
     budget: float | None = None
 
 

@@ -47,6 +47,18 @@ ATTENTION = Seam(
     ("runner", "full_attn_backend"),
     "the one place every backend passes; a registered name would replace the user's choice",
 )
+BACKEND = Seam(
+    "srt.arg_groups.attention_hook.handle_attention_backend_compatibility",
+    "hook",
+    ("server_args",),
+    "resolution hook: a ragged method decodes on our backend, whatever prefills",
+)
+POOL = Seam(
+    "srt.platforms.interface.SRTPlatform.get_kv_pool_cls",
+    "hook",
+    ("self", "kind"),
+    "SGLang's own seam for another pool; a platform subclass would take the place of the user's",
+)
 POSITIONS = Seam(
     "srt.model_executor.forward_batch_info.ForwardBatch.init_new",
     "hook",
@@ -72,7 +84,9 @@ DECODE_LOG = Seam(
 SEAMS = (
     SERVER_ARGS,
     VALIDATE,
+    BACKEND,
     META_INFO,
+    POOL,
     ATTENTION,
     POSITIONS,
     PREFILL_LOG,

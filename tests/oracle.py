@@ -5,6 +5,7 @@ It shares no code with the plugin it judges. Nothing is evicted here: every prom
 memory at its true position, and a dropped entry is one whose attention score is minus infinity.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,6 +268,127 @@ def snapkv_keep(
                 ).squeeze(0)
             order = torch.sort(total / group, descending=True, stable=True).indices
             keep[layer, head, prefix_len + order[: budget - window_size]] = True
+    return keep
+
+
+def lava_keep(
+    prefill: Prefill, prefix_len: int, budget: int, window_size: int, pool_width: int = 7
+) -> Tensor:
+    """LAVa's choice, bool [L, H, I]: L * H * budget entries of the suffix in all.
+
+    A suffix token's score is its window attention, max-pooled, the largest over the query heads of
+    a KV head, times the largest L1 norm of the head's scored values. A layer's share of the
+    scored entries is the normalised entropy of its scores; its best entries are kept, whichever
+    head they are in. Source: LAVa, arXiv 2509.09754.
+    """
+    layers, heads, prompt_len = prefill.value_l1.shape
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    scored = slice(prefix_len, prompt_len - window_size)
+    scores, entropies = [], []
+    for layer in range(layers):
+        pooled = _pooled_attention(prefill, layer, scored, pool_width)  # [H, G, scored]
+        norms = prefill.value_l1[layer, :, scored].max(dim=1).values
+        score = pooled.max(dim=1).values * norms[:, None]
+        share = (score / score.sum()).flatten()
+        entropy = -(share * share.clamp(min=1e-45).log()).sum() / math.log(share.numel())
+        scores.append(score)
+        entropies.append(float(entropy))
+    total = layers * heads * (budget - window_size)
+    counts = _divide(entropies, total, scores[0].numel())
+    return _keep_best(scores, counts, prefix_len, prompt_len, [0] * layers)
+
+
+def adakv_keep(
+    prefill: Prefill, prefix_len: int, budget: int, window_size: int, pool_width: int = 7
+) -> Tensor:
+    """AdaKV's choice, bool [L, H, I]: SnapKV's scores, the best of each layer across its heads, and
+    a fifth of the mean for every head. Source: AdaKV, arXiv 2407.11550."""
+    layers, heads, prompt_len = prefill.value_l1.shape
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    scored = slice(prefix_len, prompt_len - window_size)
+    scores = [
+        _pooled_attention(prefill, layer, scored, pool_width).mean(dim=1)
+        for layer in range(layers)
+    ]
+    count = heads * (budget - window_size)
+    floor = int(0.2 * (budget - window_size))
+    return _keep_best(scores, [count] * layers, prefix_len, prompt_len, [floor] * layers)
+
+
+def pyramidkv_keep(
+    prefill: Prefill, prefix_len: int, budget: int, window_size: int, pool_width: int = 7
+) -> Tensor:
+    """PyramidKV's choice, bool [L, H, I]: SnapKV's scores, heads alike, a layer's share falling
+    linearly to a twentieth of the mean in the last. Source: PyramidKV, arXiv 2406.02069."""
+    layers, heads, prompt_len = prefill.value_l1.shape
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    scored = slice(prefix_len, prompt_len - window_size)
+    last, mean = 1 / 20, 1.0
+    first = 2 * mean - last
+    shares = [first + (last - first) * layer / (layers - 1) for layer in range(layers)]
+    most = scored.stop - scored.start
+    counts = _divide([share / first for share in shares], layers * (budget - window_size), most)
+    keep = torch.zeros(layers, heads, prompt_len, dtype=torch.bool)
+    for layer in range(layers):
+        score = _pooled_attention(prefill, layer, scored, pool_width).mean(dim=1)
+        for head in range(heads):
+            order = torch.sort(score[head], descending=True, stable=True).indices
+            keep[layer, head, prefix_len + order[: counts[layer]]] = True
+    keep[:, :, :prefix_len] = True
+    keep[:, :, scored.stop :] = True
+    return keep
+
+
+def _pooled_attention(prefill: Prefill, layer: int, scored: slice, pool_width: int) -> Tensor:
+    """Max-pooled window attention of the scored tokens, [H, G, tokens]."""
+    heads = prefill.value_l1.shape[1]
+    pooled = torch.nn.functional.max_pool1d(
+        prefill.window_attention[layer, :, scored],
+        pool_width,
+        stride=1,
+        padding=pool_width // 2,
+    )
+    return pooled.view(heads, -1, pooled.shape[-1])
+
+
+def _divide(weights: Sequence[float], total: int, most: int) -> list[int]:
+    """`total` seats by Webster's method, one at a time, ties to the lower index, `most` each."""
+    seats = [0] * len(weights)
+    queue = [(-weight, index) for index, weight in enumerate(weights)]
+    heapq.heapify(queue)
+    for _ in range(total):
+        _, index = heapq.heappop(queue)
+        seats[index] += 1
+        if seats[index] < most:
+            heapq.heappush(queue, (-weights[index] / (2 * seats[index] + 1), index))
+    return seats
+
+
+def _keep_best(
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    prefix_len: int,
+    prompt_len: int,
+    floors: Sequence[int],
+) -> Tensor:
+    """Each layer's best entries across its heads, its floor in every head first; bool [L, H, I]."""
+    heads, scored_len = scores[0].shape
+    keep = torch.zeros(len(scores), heads, prompt_len, dtype=torch.bool)
+    for layer, (score, count, floor) in enumerate(zip(scores, counts, floors, strict=True)):
+        chosen = torch.zeros(heads, scored_len, dtype=torch.bool)
+        for head in range(heads):
+            order = torch.sort(score[head], descending=True, stable=True).indices
+            chosen[head, order[:floor]] = True
+        rest = count - heads * floor
+        for index in torch.sort(score.flatten(), descending=True, stable=True).indices.tolist():
+            if rest == 0:
+                break
+            if not chosen.view(-1)[index]:
+                chosen.view(-1)[index] = True
+                rest -= 1
+        keep[layer, :, prefix_len : prefix_len + scored_len] = chosen
+    keep[:, :, :prefix_len] = True
+    keep[:, :, prefix_len + scored_len :] = True
     return keep
 
 

@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
+from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowCapture
+from lava_sglang.config import DECODE_BACKEND
+from lava_sglang.mem_cache.tape import TapeTable
+
+
+def register_backends() -> None:
+    """Make our backends known to SGLang, in a scheduler process that compresses."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(DECODE_BACKEND)(LavaAttnBackend)
+    register_attention_backend("torch_native")(LavaCpuAttnBackend)
 
 
 def capture_queries(backend: Any, capture: WindowCapture) -> Any:
@@ -33,3 +44,10 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
 
     backend.__class__ = type(f"Lava{base.__name__}", (base,), {"forward_extend": forward_extend})
     return backend
+
+
+def attach_tape(backend: Any, tape: TapeTable) -> None:
+    """Give the tables of compressed requests to the backend that decodes from them, if any."""
+    for part in (backend, getattr(backend, "decode_backend", None)):
+        if isinstance(part, RaggedDecode):
+            part.tape = tape

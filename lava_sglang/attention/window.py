@@ -22,15 +22,13 @@ class WindowQueries:
         self.first = window_size
         self.rows: torch.Tensor | None = None
         self.layers_stored: set[int] = set()
-        self.scaling = [0.0] * num_layers  # factor on the attention logits, by layer
 
-    def store(self, layer: int, scaling: float, start: int, queries: torch.Tensor) -> None:
+    def store(self, layer: int, start: int, queries: torch.Tensor) -> None:
         """Copy `queries` [n, num_qo_heads, head_dim] to places start.. of the window."""
         if self.rows is None:
             shape = (self.num_layers, self.window_size, *queries.shape[1:])
             self.rows = queries.new_empty(shape)
         self.rows[layer, start : start + queries.shape[0]] = queries
-        self.scaling[layer] = scaling
         self.layers_stored.add(layer)
         self.first = min(self.first, start)
 
@@ -39,10 +37,10 @@ class WindowQueries:
         """Whether every layer stored its queries."""
         return len(self.layers_stored) == self.num_layers
 
-    def layer(self, layer: int) -> torch.Tensor:
-        """[window queries, num_qo_heads, head_dim]: those that were prefilled, in order."""
+    def queries(self) -> torch.Tensor:
+        """[num_layers, window queries, num_qo_heads, head_dim]: those prefilled, in order."""
         assert self.rows is not None
-        return self.rows[layer, self.first :]
+        return self.rows[:, self.first :].contiguous()
 
 
 class Segment(NamedTuple):
@@ -85,7 +83,6 @@ class WindowCapture:
             rows = queries[segment.batch_start : segment.batch_start + segment.num_tokens]
             segment.window.store(
                 layer.layer_id,
-                layer.scaling,
                 segment.window_start,
                 rows.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             )

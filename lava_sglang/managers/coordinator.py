@@ -8,7 +8,6 @@ before that. b is known on the host, so nothing is read back from the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ import torch
 
 from lava_sglang.attention.window import WindowCapture, WindowQueries
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.kernels.reference import copy_entries_ref
+from lava_sglang.kernels.compact import compact
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
-from lava_sglang.mem_cache.positions import PositionDeltas
 from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
+from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import CompressionStats, StreamTimer
-from lava_sglang.policy import METHODS, LayerView, Method, select
+from lava_sglang.policy import METHODS, Method, PromptView, keep
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -35,28 +34,38 @@ def method_of(config: KVCompressionConfig) -> Method:
 
 
 class KVCompressionCoordinator:
-    """One per scheduler. `attach` gives it the pools once SGLang has built them."""
+    """One per scheduler. `attach_model` when SGLang builds its attention backend, before any graph
+    is captured; `attach_scheduler` when all is built."""
 
     def __init__(self) -> None:
         self.capture = WindowCapture()
         self.stats = CompressionStats()
-        self.positions: PositionDeltas | None = None
+        self.tape: TapeTable | None = None
 
-    def attach(self, scheduler: Any) -> None:
+    def attach_model(self, runner: Any) -> TapeTable:
+        """runner: SGLang's ModelRunner with its pools. Makes the tables once."""
+        if self.tape is None:
+            self.kv_pool = runner.token_to_kv_pool
+            self.req_to_token = runner.req_to_token_pool.req_to_token
+            self.scaling = attention_scaling(runner.model, self.kv_pool.device)
+            self.timer = StreamTimer(self.kv_pool.device)
+            self.tape = TapeTable(
+                self.req_to_token.shape[0],
+                self.kv_pool.layer_num,
+                self.kv_pool.head_num,
+                self.kv_pool.device,
+            )
+        return self.tape
+
+    def attach_scheduler(self, scheduler: Any) -> None:
         self.stream = ForwardStream(scheduler)
         self.tree_cache = scheduler.tree_cache
-        self.req_to_token_pool = scheduler.req_to_token_pool
-        self.kv_pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        self.timer = StreamTimer(self.kv_pool.device)
-        self.positions = PositionDeltas(
-            self.req_to_token_pool.req_to_token.shape[0], self.kv_pool.device
-        )
 
     def begin_extend(self, batch: ScheduleBatch) -> None:
         """Before the launch: fix the plans, reset the rows, say which queries to stash."""
-        assert self.positions is not None
+        assert self.tape is not None
         with self.stream:
-            self.positions.reset(batch.req_pool_indices)
+            self.tape.reset(batch.req_pool_indices)
         batch_start = 0
         for req in batch.reqs:
             req.begin_prefill()
@@ -99,32 +108,36 @@ class KVCompressionCoordinator:
             return False
         row = req.kv.req_pool_idx
         # A snapshot: the tree may rewrite the row.
-        prompt_slots = self.req_to_token_pool.req_to_token[row, : plan.prompt_len].long()
+        prompt_slots = self.req_to_token[row, : plan.prompt_len].long()
         self.stream.keep_alive(slots, prompt_slots)
         with self.stream, self.timer:
-            assert self.positions is not None
-            kept = select(method, self._layers(req, plan, prompt_slots), plan.budget)
-            src_slots = prompt_slots[kept]  # [num_layers, num_kv_heads, b]
-            copy_entries_ref(self.kv_pool.k_buffer, src_slots, slots)
-            copy_entries_ref(self.kv_pool.v_buffer, src_slots, slots)
-            self.positions.set(row, plan.slots_freed)
+            assert self.tape is not None
+            prompt = PromptView(
+                arena=self.kv_pool.arena,
+                slots=prompt_slots,
+                queries=None if req.window is None else req.window.queries(),
+                scaling=self.scaling,
+                shared_prefix_len=plan.shared_prefix_len,
+                window_size=req.compression.window_size,
+            )
+            kept = keep(method, prompt, plan.budget)
+            compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
+            self.tape.commit(
+                row, plan.shared_prefix_len, plan.budget, plan.slots_freed, kept.offsets
+            )
         self.stream.fence_row_writes()
         swap_in_private_slots(req, self.tree_cache, plan.shared_prefix_len, slots)
         req.compressed = True
         return True
 
-    def _layers(
-        self, req: LavaReq, plan: CompressionPlan, prompt_slots: torch.Tensor
-    ) -> Iterator[LayerView]:
-        window = req.window
-        for layer in range(self.kv_pool.layer_num):
-            yield LayerView(
-                keys=self.kv_pool.k_buffer[layer][prompt_slots],
-                queries=None if window is None else window.layer(layer),
-                scaling=0.0 if window is None else window.scaling[layer],
-                shared_prefix_len=plan.shared_prefix_len,
-                window_size=req.compression.window_size,
-            )
+
+def attention_scaling(model: torch.nn.Module, device: torch.device | str) -> torch.Tensor:
+    """Factor on the attention logits of each layer, float32 [num_layers]."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    ordered = sorted(layers, key=lambda layer: layer.layer_id)
+    return torch.tensor([layer.scaling for layer in ordered], dtype=torch.float32, device=device)
 
 
 class ForwardStream:

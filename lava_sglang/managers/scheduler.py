@@ -10,11 +10,12 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
-from lava_sglang.attention.backend import capture_queries
+from lava_sglang.attention.backend import attach_tape, capture_queries, register_backends
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.metrics import PrometheusSeries, running_totals
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class LavaScheduler(Scheduler):
         self._add_kv_compression_hooks()
         super().__init__(server_args, *args, **kwargs)
         compat.refuse(compat.scheduler_reasons(self))
-        self.kv_compression.attach(self)
+        self.kv_compression.attach_scheduler(self)
         if self.metrics_reporter.enable_metrics:
             self.kv_compression.stats.prometheus = PrometheusSeries(self.metrics_collector.labels)
         logger.info("KV compression: %s", self.kv_compression_config)
@@ -84,20 +85,26 @@ class LavaScheduler(Scheduler):
 
     def _add_kv_compression_hooks(self) -> None:
         coordinator = self.kv_compression
+        register_backends()
 
         def capture(backend: Any, runner: Any, full_attn_backend: Any) -> Any:
+            attach_tape(backend, coordinator.attach_model(runner))
             return capture_queries(backend, coordinator.capture)
 
+        def arena_pool(result: Any, platform: Any, *, kind: str) -> Any:
+            return LavaMHATokenToKVPool if kind == "mha" else result
+
         def shift_positions(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-            positions = coordinator.positions
-            if positions is not None and forward_batch.forward_mode.is_decode():
-                forward_batch.positions = positions.shift(
+            tape = coordinator.tape
+            if tape is not None and forward_batch.forward_mode.is_decode():
+                forward_batch.positions = tape.shift(
                     forward_batch.positions, forward_batch.req_pool_indices
                 )
 
         def add_log_parts(parts: list[str], *args: Any) -> list[str]:
             return parts + self.kv_compression_log_parts()
 
+        hooks.add(f"sglang.{seams.POOL.target}", arena_pool)
         hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
         hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
         hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)

@@ -1,63 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two steps every method shares: score the suffix of each layer, select the best entries."""
+"""The three steps every method shares: score the entries, split the budget, select the best."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.kernels.reference import top_entries_ref
+from lava_sglang.kernels.layer_split import layer_split, uniform_weights
+from lava_sglang.kernels.select import Selection, select
 
 
-class LayerView(NamedTuple):
-    """One layer of one finished prompt, as a method sees it. Shapes are per rank."""
+class PromptView(NamedTuple):
+    """A finished prompt, as a method sees it. Shapes are per rank."""
 
-    keys: torch.Tensor  # [prompt_len, num_kv_heads, head_dim], after RoPE
-    queries: torch.Tensor | None  # [window queries, num_qo_heads, head_dim], after RoPE
-    scaling: float  # factor on the attention logits
+    arena: torch.Tensor  # [num_layers, 2, slots, num_kv_heads, head_dim], keys after RoPE
+    slots: torch.Tensor  # int64 [prompt_len], the slot of each token
+    queries: torch.Tensor | None  # [num_layers, window queries, num_qo_heads, head_dim]
+    scaling: torch.Tensor | None  # float32 [num_layers], factor on the attention logits
     shared_prefix_len: int  # P: tokens that stay exact, no entry of theirs is scored
     window_size: int  # w: last tokens, always kept, no entry of theirs is scored
+
+    @property
+    def num_layers(self) -> int:
+        return self.arena.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.arena.shape[3]
+
+    @property
+    def scored_len(self) -> int:
+        """Suffix tokens that compete for a place: those before the observation window."""
+        return self.slots.shape[0] - self.shared_prefix_len - self.window_size
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to score entries. One method, one dataclass, one file."""
+    """How to keep entries. One method, one dataclass, one file; it overrides what it differs in."""
 
     config: KVCompressionConfig
 
     needs_queries: ClassVar[bool] = False
     """Whether `score` reads the window's queries; if not, none are stashed."""
 
+    uniform_heads: ClassVar[bool] = True
+    """Whether every head of a layer keeps equally many; if not, the layer's best are kept."""
+
+    head_floor: ClassVar[float] = 0.0
+    """Share of the layer's mean that every head keeps, where heads are not uniform."""
+
     @abstractmethod
-    def score(self, layer: LayerView) -> torch.Tensor:
+    def score(self, prompt: PromptView) -> torch.Tensor:
         """Importance of the scored tokens, the suffix without its window.
 
-        Returns float32 [num_kv_heads, suffix_len - window_size]; higher is kept first.
+        Returns float32 [num_layers, num_kv_heads, scored_len]; higher is kept first.
         """
 
+    def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """Each layer's claim on the budget, float32 [num_layers] in [0, 1]. Equal by default."""
+        return uniform_weights(scores.shape[0], scores.device)
 
-def scored_len(layer: LayerView) -> int:
-    """Suffix tokens that compete for a place: those before the observation window."""
-    return layer.keys.shape[0] - layer.shared_prefix_len - layer.window_size
 
+def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
+    """What each head keeps: the window, and the best of L * H * (b - w) scored entries.
 
-def select(method: Method, layers: Iterable[LayerView], budget: int) -> torch.Tensor:
-    """The tokens each head keeps, equally many in every layer and head.
-
-    budget: b, window included. Returns int64 [num_layers, num_kv_heads, budget], positions in
-    the prompt, ascending: the budget - w best scored tokens and the w of the window.
+    budget: b, window included. The kept entries of all layers and heads are L * H * b exactly.
+    Reads nothing back to the host on a GPU. Source: LAVa, arXiv 2509.09754; docs of each method.
     """
-    kept = []
-    for layer in layers:
-        prompt_len, num_kv_heads, _ = layer.keys.shape
-        best = top_entries_ref(method.score(layer), budget - layer.window_size)
-        window = torch.arange(prompt_len - layer.window_size, prompt_len, device=best.device)
-        kept.append(
-            torch.cat([best + layer.shared_prefix_len, window.expand(num_kv_heads, -1)], dim=-1)
-        )
-    return torch.stack(kept)
+    scores = method.score(prompt).contiguous()
+    num_layers, num_kv_heads, scored_len = scores.shape
+    weights = method.layer_weights(scores)
+    mean = budget - prompt.window_size
+    if method.uniform_heads:
+        # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
+        per_head = layer_split(weights, num_layers * mean, scored_len)
+        counts = per_head.repeat_interleave(num_kv_heads)
+        scores = scores.view(num_layers * num_kv_heads, 1, scored_len)
+        floor: int | torch.Tensor = 0
+    else:
+        cap = num_kv_heads * scored_len
+        counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
+        floor = (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
+    return select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)

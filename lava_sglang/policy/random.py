@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from lava_sglang.policy.base import LayerView, Method, scored_len
+from lava_sglang.policy.base import Method, PromptView
 
 
 @dataclass(frozen=True)
 class Random(Method):
-    """Uniform scores from `seed`: the same tokens for the same prompt length, in every layer."""
+    """Uniform scores from `seed`: the same choice for every prompt of one length."""
 
-    def score(self, layer: LayerView) -> torch.Tensor:
-        device = layer.keys.device
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        device = prompt.slots.device
         generator = torch.Generator(device).manual_seed(self.config.seed)
-        shape = (layer.keys.shape[1], scored_len(layer))
+        shape = (prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
         return torch.rand(shape, generator=generator, device=device)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from lava_sglang.kernels.reference import max_pool_ref, window_attention_ref
-from lava_sglang.policy.base import LayerView, Method, scored_len
+from lava_sglang.kernels.window_scores import window_scores
+from lava_sglang.policy.base import Method, PromptView
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,16 @@ class SnapKV(Method):
 
     needs_queries: ClassVar[bool] = True
 
-    def score(self, layer: LayerView) -> torch.Tensor:
-        assert layer.queries is not None
-        num_kv_heads = layer.keys.shape[1]
-        first, count = layer.shared_prefix_len, scored_len(layer)
-        attention = window_attention_ref(layer.queries, layer.keys, layer.scaling)
-        pooled = max_pool_ref(attention[:, first : first + count], self.config.pool_width)
-        return pooled.view(num_kv_heads, -1, count).mean(dim=1)
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        assert prompt.queries is not None and prompt.scaling is not None
+        return window_scores(
+            prompt.queries,
+            prompt.arena,
+            prompt.slots,
+            prompt.shared_prefix_len,
+            prompt.window_size,
+            prompt.scaling,
+            pool_width=self.config.pool_width,
+            group_reduce="mean",
+            value_norm=False,
+        )

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from lava_sglang.policy.base import LayerView, Method, scored_len
+from lava_sglang.policy.base import Method, PromptView
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
     """The first `sink_tokens` of the suffix, then the most recent. Source: arXiv 2309.17453."""
 
-    def score(self, layer: LayerView) -> torch.Tensor:
-        recency = torch.arange(scored_len(layer), dtype=torch.float32, device=layer.keys.device)
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        recency = torch.arange(prompt.scored_len, dtype=torch.float32, device=prompt.slots.device)
         recency[: self.config.sink_tokens] = torch.inf
-        return recency.expand(layer.keys.shape[1], -1)
+        return recency.expand(prompt.num_layers, prompt.num_kv_heads, -1)

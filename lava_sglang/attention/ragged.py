@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode where each head reads its own number of entries, from the tape.
+
+On a GPU: `--decode-attention-backend lava`, beside the prefill backend that the user chose. On a
+CPU: in the place of `torch_native`, whose name SGLang's CPU path asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from lava_sglang.kernels.cpu.extend import extend_cpu
+from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
+from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
+from lava_sglang.mem_cache.tape import TapeTable
+
+
+class RaggedDecode:
+    """What both backends share: the tables, and the write of a layer's new entries."""
+
+    tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
+    token_to_kv_pool: Any
+
+    def save(self, layer: Any, forward_batch: Any, k: Any, v: Any, save_kv_cache: bool) -> None:
+        """Write the batch's K and V, [num_tokens, num_kv_heads, head_dim], to its new slots."""
+        if save_kv_cache and k is not None:
+            location = KVWriteLoc.for_batch(forward_batch)
+            self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+
+    def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> tuple[torch.Tensor, ...]:
+        """The kernel's view of the batch, in its order."""
+        assert self.tape is not None
+        return (
+            req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self.tape.prefix_lens,
+            self.tape.budgets,
+            self.tape.offsets,
+        )
+
+
+class LavaAttnBackend(RaggedDecode, AttentionBackend):
+    """Decode by the Triton kernel. It plans nothing: the kernel computes addresses from
+    `req_to_token`, the lengths and the tape's tables, all at fixed addresses, so a captured graph
+    needs no metadata of its own."""
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: Any):
+        super().__init__()
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        config, tp_size = runner.model_config, runner.tp_size
+        self.workspace = DecodeWorkspace(
+            runner.req_to_token_pool.size,
+            config.num_attention_heads // tp_size,
+            config.get_num_kv_heads(tp_size),
+            config.head_dim,
+            runner.device,
+        )
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Nothing to plan."""
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Nothing to plan."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """The workspace is already at its fixed address."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+        """Every layer reads rows and tables: the scheduler may write them after the replay."""
+        return SharedReadEnds.POST_REPLAY
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        out = ragged_decode(
+            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            self.token_to_kv_pool.arena,
+            layer.layer_id,
+            *self.tables(self.req_to_token, forward_batch),
+            layer.scaling,
+            workspace=self.workspace,
+        )
+        return out.view(q.shape[0], -1)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("prefill runs on the backend of --prefill-attention-backend")
+
+
+class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
+    """SGLang's `torch_native` with a compiled decode over the tape, and an extend that does not
+    compute the prefix's own attention again for every chunk."""
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(queries)
+        ragged_decode_cpu(
+            queries,
+            self.token_to_kv_pool.arena,
+            layer.layer_id,
+            *self.tables(self.req_to_token_pool.req_to_token, forward_batch),
+            layer.scaling,
+            out,
+        )
+        return out.view(q.shape[0], -1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """q: [num_tokens, num_qo_heads * head_dim]. Returns the same shape."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out = torch.empty_like(queries)
+        extend_cpu(
+            queries,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            forward_batch.extend_prefix_lens_cpu,
+            forward_batch.extend_seq_lens_cpu,
+            layer.scaling,
+            out,
+        )
+        return out.view(q.shape[0], -1)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LAVa: one score that compares entries across the heads of a layer, budgets by its entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lava_sglang.kernels.layer_split import layer_entropy
+from lava_sglang.kernels.window_scores import window_scores
+from lava_sglang.policy.base import Method, PromptView
+
+
+@dataclass(frozen=True)
+class LAVa(Method):
+    """Window attention, max-pooled, maximum over the group, times the head's value norm.
+
+    The score bounds the loss in the layer's attention output, so a layer keeps its best entries
+    whichever head they are in. A layer's share of the budget is the entropy of its scores.
+    Source: arXiv 2509.09754.
+    """
+
+    needs_queries: ClassVar[bool] = True
+    uniform_heads: ClassVar[bool] = False
+
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        assert prompt.queries is not None and prompt.scaling is not None
+        return window_scores(
+            prompt.queries,
+            prompt.arena,
+            prompt.slots,
+            prompt.shared_prefix_len,
+            prompt.window_size,
+            prompt.scaling,
+            pool_width=self.config.pool_width,
+            group_reduce="max",
+            value_norm=True,
+        )
+
+    def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
+        return layer_entropy(scores)
