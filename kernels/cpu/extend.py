@@ -70,7 +70,7 @@ def _extend_one(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix_len: int, scaling: float
 ) -> torch.Tensor:
     """q: [tokens, num_qo_heads, head_dim]; k, v: [num_kv_heads, seq_len, head_dim]. Like q."""
-    num_tokens, num_qo_heads, head_dim = q.shape
+    num_tokens, _, head_dim = q.shape
     num_kv_heads = k.shape[0]
     grouped = q.view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     group = grouped.shape[1]

@@ -97,7 +97,7 @@ def test_sglangs_own_reserve_is_kept(engine: Engine, monkeypatch: pytest.MonkeyP
 
 
 def test_the_reserve_without_an_engine() -> None:
-    """The numbers alone: 1,000 prompt tokens, 100 output tokens, one page, 250 for the copy, one to spare."""
+    """1,000 prompt tokens, 100 output tokens, one page, 250 for the copy, one to spare."""
     req: Any = SimpleNamespace(
         full_untruncated_fill_ids=range(1000),
         prefix_len=0,

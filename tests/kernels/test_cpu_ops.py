@@ -7,6 +7,8 @@ import math
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ class Tape:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(1)
-        slots = 1 + sum(1 for _ in range(self.rows)) * self.max_context
+        slots = 1 + self.rows * self.max_context
         shape = (self.num_layers, 2, slots, self.num_kv_heads, self.head_dim)
         self.arena = torch.randn(shape, generator=self.generator).to(self.dtype)
         self.free = 1 + torch.randperm(slots - 1, generator=self.generator)
@@ -68,7 +70,7 @@ class Tape:
         heads = self.num_layers * self.num_kv_heads
         cuts = torch.randint(0, heads * budget + 1, (heads - 1,), generator=self.generator)
         edges = [0, *cuts.sort().values.tolist(), heads * budget]
-        return [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+        return [end - begin for begin, end in pairwise(edges)]
 
     def queries(self, batch: int) -> torch.Tensor:
         shape = (batch, self.num_kv_heads * self.group, self.head_dim)
@@ -233,20 +235,19 @@ def test_request_does_not_depend_on_its_batch() -> None:
         assert torch.equal(tape.decode(q[place : place + 1], [row], 0)[0], together[place])
 
 
-def _decode_in_child(queue: multiprocessing.Queue[torch.Tensor]) -> None:
-    tape = Tape(1, 3, 3, 64, BF16, rows=10)
-    rows = [tape.add(900) for _ in range(8)]
-    queue.put(tape.decode(tape.queries(8).float(), rows, 0).tolist())
+def _decode_in_child(tape: Tape, q: torch.Tensor, rows: list[int], queue: Any) -> None:
+    queue.put(tape.decode(q, rows, 0).tolist())
 
 
 def test_runs_in_a_forked_child() -> None:
     torch.set_num_threads(2)
     tape = Tape(1, 3, 3, 64, BF16, rows=10)
     rows = [tape.add(900) for _ in range(8)]
-    expected = tape.decode(tape.queries(8).float(), rows, 0)
+    q = tape.queries(8).float()
+    expected = tape.decode(q, rows, 0)  # starts the threads that the child will not have
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_decode_in_child, args=(queue,))
+    child = context.Process(target=_decode_in_child, args=(tape, q, rows, queue), daemon=True)
     child.start()
     assert queue.get(timeout=60) == expected.tolist()
     child.join(timeout=60)
