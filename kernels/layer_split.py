@@ -63,12 +63,13 @@ def layer_split(weights: torch.Tensor, total: int, cap: int) -> torch.Tensor:
 
     Webster's divisor method: each entry goes to the layer with the largest
     weight / (2 * entries + 1), ties to the lower layer; a layer that holds `cap` gets no more. The
-    sum is exact, and a smaller total never gives a layer more. Weights that are not finite count as 0.
-    weights: float32 [num_layers] in [0, 1], read to 2**-30; less counts as 2**-30.
+    sum is exact, and a smaller total never gives a layer more.
+    weights: float32 [num_layers] in [0, 1], read to 2**-30; less, and not finite, counts as 2**-30.
     cap: num_kv_heads * tokens, at most 2**24; total: at most num_layers * cap.
     Returns int64 [num_layers] on the weights' device, from where nothing is read back.
     """
-    return layer_split_triton(weights, total, cap) if weights.is_cuda else _on_cpu(weights, total, cap)
+    run = layer_split_triton if weights.is_cuda else _on_cpu
+    return run(weights, total, cap)
 
 
 def layer_split_triton(weights: torch.Tensor, total: int, cap: int) -> torch.Tensor:
@@ -102,10 +103,10 @@ def _on_cpu(weights: torch.Tensor, total: int, cap: int) -> torch.Tensor:
         low, high = (middle, high) if sum(counts(middle)) <= total else (low, middle - 1)
     held = counts(low)
     rest = total - sum(held)
-    # A layer's next quotient is share / (2 * held + 1); compare by a common denominator.
+    # One divisor more and each layer is due at most one entry more: the largest next quotients.
     waiting = [layer for layer in range(len(shares)) if held[layer] < cap]
-    order = sorted(waiting, key=lambda layer: (-Fraction(shares[layer], 2 * held[layer] + 1), layer))
-    for layer in order[:rest]:
+    waiting.sort(key=lambda layer: -Fraction(shares[layer], 2 * held[layer] + 1))
+    for layer in waiting[:rest]:
         held[layer] += 1
     return torch.tensor(held)
 
@@ -146,9 +147,7 @@ def _rounded(shares, divisor, largest, cap):
     # The smallest divisor at which a layer is full.
     full_at = tl.cdiv((2 * cap - 1) * largest, 2 * shares)
     below = tl.minimum(divisor, full_at)
-    return tl.where(
-        divisor >= full_at, cap, (2 * shares * below + largest) // (2 * largest)
-    )
+    return tl.where(divisor >= full_at, cap, (2 * shares * below + largest) // (2 * largest))
 
 
 @triton.jit(do_not_specialize=["total", "cap"])

@@ -8,6 +8,8 @@ sized so that all heads of the batch together fill the device once: a long head 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +113,7 @@ def ragged_decode(
     run = ragged_decode_triton if q.is_cuda else _on_cpu
     return run(
         q, arena, layer, req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets,
-        scaling, out, k_scale=k_scale, v_scale=v_scale, kv_dtype=kv_dtype, workspace=workspace,
+        scaling, out=out, k_scale=k_scale, v_scale=v_scale, kv_dtype=kv_dtype, workspace=workspace,
     )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def ragged_decode_triton(
         # Entries per iteration: 16 KB of K and V at head_dim 128. float32 spills with 32.
         BLOCK_N=16 if q.dtype == torch.float32 else 32,
         E4M3_BITS=e4m3_bits,
-        num_warps=4,
+        num_warps=4 if block_d <= 128 else 8,
         num_stages=2,
     )
     _merge[(bs, num_qo_heads)](
@@ -207,7 +209,7 @@ def ragged_decode_triton(
 
 
 def _on_cpu(
-    *args: object, out: torch.Tensor | None, workspace: DecodeWorkspace, **scales: object
+    *args: Any, out: torch.Tensor | None, workspace: DecodeWorkspace, **scales: Any
 ) -> torch.Tensor:
     result = ragged_decode_ref(*args, **scales)
     return result if out is None else out.copy_(result)
@@ -313,9 +315,7 @@ def _attend(
         top = new_top
 
     tl.store(lse_ptr + partial, top + tl.log2(weight), mask=g < G)
-    tl.store(
-        partial_ptr + partial[:, None] * D + d[None, :], acc / weight[:, None], mask=head_mask
-    )
+    tl.store(partial_ptr + partial[:, None] * D + d[None, :], acc / weight[:, None], mask=head_mask)
 
 
 @triton.jit
@@ -331,7 +331,7 @@ def _chunk(
     BLOCK_BS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Entries [begin, end) of a head of `total` that its chunk number `split` covers, int32."""
+    """Entries [begin, end) of a head's `total` in its chunk number `split`, int32; may be none."""
     # One load and no loop: Triton 3.8 loses the alignment of a loop's loads behind another loop.
     r = tl.arange(0, BLOCK_BS)
     lens = tl.load(seq_lens_ptr + r, mask=r < bs, other=0).to(tl.int64)
@@ -340,7 +340,7 @@ def _chunk(
     chunk = tl.maximum(share, min_chunk)
     num_chunks = tl.minimum(tl.cdiv(total, chunk), SPLITS)
     chunk = tl.cdiv(tl.cdiv(total, tl.maximum(num_chunks, 1)), BLOCK_N) * BLOCK_N
-    begin = tl.minimum(split * chunk, total)
+    begin = split * chunk
     end = tl.minimum(begin + chunk, total)
     return begin.to(tl.int32), end.to(tl.int32)
 

@@ -145,7 +145,7 @@ def compact_ref(
 
 
 def value_norm_ref(values: torch.Tensor) -> torch.Tensor:
-    """The largest L1 norm of a head's values. [tokens, num_kv_heads, head_dim] -> [num_kv_heads]."""
+    """Each head's largest L1 norm: [tokens, num_kv_heads, head_dim] -> float32 [num_kv_heads]."""
     return values.float().abs().sum(dim=-1).amax(dim=0)
 
 

@@ -159,7 +159,7 @@ def _on_cpu(
 
 
 def _keep_best(keys: torch.Tensor, kept: torch.Tensor, count: int) -> None:
-    """Mark the `count` best keys that are not marked yet, ties to the lower index. Mutates `kept`."""
+    """Mark the `count` best keys not marked yet, ties to the lower index. Mutates `kept`."""
     if count == 0:
         return
     free = (~kept).nonzero().view(-1) if kept.any() else slice(None)

@@ -91,7 +91,9 @@ _OPTIONS = {
 
 def config_of(server_args: Any) -> KVCompressionConfig:
     """The validated settings in `server_args`; raises KVCompressionError with all bad values."""
-    further = server_args.kv_compression_config or {}
+    further = server_args.kv_compression_config
+    if further is None:
+        further = {}
     if not isinstance(further, dict):
         raise KVCompressionError([f"--kv-compression-config={further!r}: accepts a JSON object"])
     reasons = [

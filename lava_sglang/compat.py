@@ -70,6 +70,11 @@ def _set(value: Any) -> bool:
     return bool(value)
 
 
+def _full_prefill_graph(config: Any) -> bool:
+    """config: what SGLang resolved from the options and the JSON."""
+    return config is not None and config.prefill.backend == "full"
+
+
 FEATURES = (
     Feature("speculative_algorithm", _set, "speculative decoding"),
     Feature("disaggregation_mode", lambda v: v not in (None, "null"), "PD disaggregation"),
@@ -103,7 +108,7 @@ FEATURES = (
     Feature("enable_streaming_session", _set, "streaming sessions"),
     Feature("enable_session_radix_cache", _set, "the session radix cache"),
     Feature("kv_canary", lambda v: v != "none", "the KV canary"),
-    Feature("cuda_graph_backend_prefill", lambda v: v == "full", "full CUDA graphs for prefill"),
+    Feature("cuda_graph_config", _full_prefill_graph, "full CUDA graphs for prefill"),
 )
 
 _ENVIRONMENT = {
@@ -121,23 +126,28 @@ def feature_reasons(view: Any) -> list[str]:
     ]
     for variable, name in _ENVIRONMENT.items():
         value = os.environ.get(variable, "")
-        if value.lower() not in ("", "0", "false"):
+        if value.lower() not in ("", "0", "false", "no", "n"):
             reasons.append(f"{name} is not supported ({variable}={value})")
     return reasons
 
 
 def scheduler_reasons(scheduler: Any) -> list[str]:
     """What the loaded model and the pools that SGLang built do not fit. Shapes only, no tensors."""
+    import torch
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     reasons = []
     if type(pool).__name__ != "LavaMHATokenToKVPool":
         reasons.append(f"KV pool {type(pool).__name__}: only SGLang's plain MHA pool is supported")
+    elif pool.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"a KV cache of {pool.dtype} is not supported")
     if not isinstance(scheduler.tree_cache, UnifiedRadixCache):
         name = type(scheduler.tree_cache).__name__
         reasons.append(f"prefix cache {name}: only UnifiedRadixCache is supported")
     runner = scheduler.tp_worker.model_runner
+    if runner.model_config.attention_chunk_size is not None:
+        reasons.append("models with attention in chunks are not supported")
     if runner.model_config.model_is_mrope:
         reasons.append("multimodal RoPE positions are not supported")
     if runner.model_config.is_encoder_decoder:

@@ -168,7 +168,7 @@ class RequestOverride(BaseModel):
 
 def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:
     try:
-        return model(**values)
+        return model(**{str(name): value for name, value in values.items()})
     except ValidationError as error:
         reasons = [_sentence(e, display, model) for e in error.errors()]
         raise KVCompressionError(reasons) from None

@@ -91,6 +91,18 @@ SEAMS = (
     POSITIONS,
     PREFILL_LOG,
     DECODE_LOG,
+    Seam(
+        "srt.server_args.ServerArgs.__reduce__",
+        "override",
+        ("self",),
+        "unpickling the arguments in a child process installs the plugin there, or fails",
+    ),
+    Seam(
+        "srt.layers.attention.base_attn_backend.AttentionBackend.forward_extend",
+        "override",
+        ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "kwargs"),
+        "the window's queries, after RoPE and after the layer's entries are written",
+    ),
     Seam(f"{_SCHEDULER}.__init__", "replace", ("self", "server_args", "port_args"), "the class"),
     Seam(
         f"{_SCHEDULER}.run_batch",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled loops of ragged decode: plan the work, attend block by block, merge the parts.
+"""The compiled loops of ragged decode: prepare the work, attend to it, merge the parts.
 
 numba compiles what is here; where its vectoriser falls short the LLVM IR is written out, so the
 op needs no C++ compiler and runs on whatever vector unit the CPU has. All of it is in one file
@@ -8,18 +8,19 @@ because numba's disk cache watches only the file of the function that it caches.
 Words: an *item* is up to ITEM_ENTRIES entries that one thread attends to, for all heads (shared
 rows: prefix and tail) or for one head (a tape piece); a *part* is the unnormalised output, running
 maximum and sum of one (item, head). Items do not depend on the number of threads, so neither
-does the result, to the bit.
+does the result, to the bit. A *chunk* is the run of items that a thread takes at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
@@ -28,6 +29,7 @@ ITEM_ENTRIES = 256
 BLOCK_ENTRIES = 64  # scores of a block stay in the first-level cache
 AHEAD = 16  # entries between a prefetch and its use
 PAD = 16  # blocks are padded to a multiple of this
+CHUNK_ENTRIES = 2048  # fewer are not worth another thread
 VALUE_UNROLL = 8
 CACHE_LINE = 64
 
@@ -312,12 +314,10 @@ def value_block(
     typing: Any, outputs: Any, arena: Any, rows: Any, count: Any, heads: Any, value_offset: Any,
     weights: Any, head_dim: Any, group: Any,
 ) -> Any:  # fmt: skip
-    """outputs[head, g] += sum over i of weights[head, g, i] * arena[rows[i] + value_offset + ..]."""
+    """outputs[head, g] += weights[head, g, i] * arena[rows[i] + value_offset + head * D :]."""
     dim, size = head_dim.literal_value, group.literal_value
     intp = types.intp
-    signature = types.void(
-        outputs, arena, rows, intp, intp, intp, weights, head_dim, group
-    )
+    signature = types.void(outputs, arena, rows, intp, intp, intp, weights, head_dim, group)
     lanes = vector_lanes(dim)
     pairs = splits_pairs(dim, arena.dtype == types.uint16)
     step = 2 * lanes if pairs else lanes
@@ -373,3 +373,212 @@ def value_block(
         return context.get_dummy_value()
 
     return signature, generate
+
+
+# Columns of the item table.
+REQUEST, FIRST_HEAD, NUM_HEADS, BEGIN, END, FIRST_PART, NUM_COLUMNS = range(7)
+SHARED = -1  # as FIRST_HEAD: BEGIN and END count shared entries; in a head's item, tape places
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles on the first call, without the GIL at run time.
+
+    The machine code is kept in numba's cache directory (NUMBA_CACHE_DIR, else beside this file,
+    else the user's cache directory), or not at all where none of them can be written.
+    """
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no such directory
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@_compiled
+def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):  # type: ignore[no-untyped-def]
+    """The item table, request by request, and each request's first item."""
+    batch = requests.shape[0]
+    first_item = np.zeros(batch + 1, np.int64)
+    for r in range(batch):
+        row = requests[r]
+        count = -(-(seq_lens[r] - budgets[row]) // ITEM_ENTRIES)
+        if budgets[row] > 0:
+            for head in range(layer * num_heads, (layer + 1) * num_heads):
+                count += -(-(offsets[row, head + 1] - offsets[row, head]) // ITEM_ENTRIES)
+        first_item[r + 1] = first_item[r] + count
+    items = np.empty((first_item[batch], NUM_COLUMNS), np.int64)
+    item = 0
+    part = 0
+    for r in range(batch):
+        row = requests[r]
+        for head in range(SHARED, num_heads if budgets[row] > 0 else 0):
+            begin = np.int64(0)
+            end = np.int64(seq_lens[r] - budgets[row])
+            heads = num_heads
+            if head != SHARED:
+                begin = np.int64(offsets[row, layer * num_heads + head])
+                end = np.int64(offsets[row, layer * num_heads + head + 1])
+                heads = 1
+            for start in range(begin, end, ITEM_ENTRIES):
+                items[item, REQUEST] = r
+                items[item, FIRST_HEAD] = head
+                items[item, NUM_HEADS] = heads
+                items[item, BEGIN] = start
+                items[item, END] = min(end, start + ITEM_ENTRIES)
+                items[item, FIRST_PART] = part
+                item += 1
+                part += heads
+    return items, first_item, part
+
+
+@_compiled
+def _share_items(items, max_chunks):  # type: ignore[no-untyped-def]
+    """First item of each chunk, so that all chunks hold about as many entries."""
+    total = 0
+    for item in items:
+        total += (item[END] - item[BEGIN]) * item[NUM_HEADS]
+    num_chunks = max(1, min(max_chunks, total // CHUNK_ENTRIES))
+    first = np.full(num_chunks + 1, items.shape[0], np.int64)
+    first[0] = 0
+    seen = 0
+    chunk = 1
+    for index in range(items.shape[0]):
+        while chunk < num_chunks and seen * num_chunks >= total * chunk:
+            first[chunk] = index
+            chunk += 1
+        seen += (items[index, END] - items[index, BEGIN]) * items[index, NUM_HEADS]
+    return first
+
+
+@_compiled
+def prepare(  # type: ignore[no-untyped-def]
+    query, scale, order, layer, num_heads, requests, seq_lens, budgets, offsets, max_chunks
+):
+    """The work of one call: items, first items of requests and chunks, queries, empty parts.
+
+    query: float32 [batch, num_qo_heads * D]; returned flat, times `scale`, elements in `order`.
+    Parts: maxima and sums float32 [parts * group], outputs float32 [parts * group * D], flat.
+    """
+    items, first_of_request, num_parts = _plan_items(
+        layer, num_heads, requests, seq_lens, budgets, offsets
+    )
+    first_of_chunk = _share_items(items, max_chunks)
+    head_dim = order.shape[0]
+    batch, width = query.shape
+    ordered = np.empty(batch * width, np.float32)
+    for r in range(batch):
+        for head in range(0, width, head_dim):
+            for d in range(head_dim):
+                ordered[r * width + head + d] = query[r, head + order[d]] * scale
+    num_rows = num_parts * (width // (num_heads * head_dim))
+    maxima = np.full(num_rows, -np.inf, np.float32)
+    sums = np.zeros(num_rows, np.float32)
+    outputs = np.zeros(num_rows * head_dim, np.float32)
+    return items, first_of_request, first_of_chunk, ordered, maxima, sums, outputs
+
+
+@_compiled
+def _find_rows(  # type: ignore[no-untyped-def]
+    item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows
+):
+    """rows[i] = arena element where the K row of the item's entry i starts. Pads with the last.
+
+    Shared rows start at head 0 of `layer`; a tape place names its own layer and head.
+    """
+    row_size = num_heads * head_dim
+    count = item[END] - item[BEGIN]
+    if item[FIRST_HEAD] == SHARED:
+        for i in range(count):
+            place = item[BEGIN] + i
+            if place >= prefix_len:
+                place += budget
+            rows[i] = (2 * layer * num_slots + slots[place]) * row_size
+    else:
+        column = item[BEGIN] % budget
+        head = item[BEGIN] // budget
+        for i in range(count):
+            base = 2 * (head // num_heads) * num_slots + slots[prefix_len + column]
+            rows[i] = base * row_size + head % num_heads * head_dim
+            column += 1
+            if column == budget:
+                column = 0
+                head += 1
+    for i in range(count, rows.shape[0]):
+        rows[i] = rows[count - 1]
+
+
+@functools.cache
+def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
+    """The compiled loop over items [first, last) for one head shape. Writes their parts."""
+
+    def attend(  # type: ignore[no-untyped-def]
+        first, last, items, query, arena, layer, num_heads, num_slots, req_to_token, requests,
+        prefix_lens, budgets, maxima, sums, outputs,
+    ):  # fmt: skip
+        width = num_heads * group * head_dim
+        value_offset = num_slots * num_heads * head_dim
+        scores = np.empty(num_heads * group * BLOCK_ENTRIES, np.float32)
+        rows = np.empty(ITEM_ENTRIES + AHEAD, np.int64)
+        for index in range(first, last):
+            item = items[index]
+            row = requests[item[REQUEST]]
+            _find_rows(
+                item, req_to_token[row], prefix_lens[row], budgets[row], layer, num_heads,
+                num_slots, head_dim, rows,
+            )  # fmt: skip
+            heads = item[NUM_HEADS]
+            part = item[FIRST_PART] * group
+            item_query = query[
+                item[REQUEST] * width + max(item[FIRST_HEAD], 0) * group * head_dim :
+            ]
+            item_outputs = outputs[part * head_dim :]
+            for begin in range(0, item[END] - item[BEGIN], BLOCK_ENTRIES):
+                count = min(BLOCK_ENTRIES, item[END] - item[BEGIN] - begin)
+                padded = -(-count // PAD) * PAD
+                block = rows[begin:]
+                score_block(item_query, arena, block, padded, heads, scores, head_dim, group)
+                for line in range(heads * group):
+                    for i in range(count, padded):
+                        scores[line * BLOCK_ENTRIES + i] = -np.inf
+                softmax_block(
+                    scores, padded, heads * group, maxima[part:], sums[part:], item_outputs,
+                    head_dim,
+                )  # fmt: skip
+                value_block(
+                    item_outputs, arena, block, padded, heads, value_offset, scores, head_dim,
+                    group,
+                )  # fmt: skip
+
+    return _compiled(attend)
+
+
+@_compiled
+def merge(items, first_of_request, num_heads, group, order, maxima, sums, outputs, out):  # type: ignore[no-untyped-def]
+    """out[r, head, g, order] = softmax over all parts of (r, head), in order of items.
+
+    out: float32 [batch, num_qo_heads * D], mutated; zeros where a request has no entry.
+    """
+    head_dim = order.shape[0]
+    merged = np.empty(num_heads * group * head_dim, np.float32)
+    highest = np.empty(num_heads * group, np.float32)
+    total = np.empty(num_heads * group, np.float32)
+    for r in range(out.shape[0]):
+        of_request = items[first_of_request[r] : first_of_request[r + 1]]
+        highest[:] = -np.inf
+        total[:] = 0
+        merged[:] = 0
+        for item in of_request:
+            line = max(item[FIRST_HEAD], 0) * group
+            for i in range(item[NUM_HEADS] * group):
+                part = item[FIRST_PART] * group + i
+                highest[line + i] = max(highest[line + i], maxima[part])
+        for item in of_request:
+            line = max(item[FIRST_HEAD], 0) * group
+            for i in range(item[NUM_HEADS] * group):
+                part = item[FIRST_PART] * group + i
+                weight = np.exp2(maxima[part] - highest[line + i])
+                total[line + i] += weight * sums[part]
+                for d in range(head_dim):
+                    merged[(line + i) * head_dim + d] += weight * outputs[part * head_dim + d]
+        for line in range(num_heads * group):
+            inverse = 1 / total[line] if total[line] > 0 else np.float32(0)
+            for d in range(head_dim):
+                out[r, line * head_dim + order[d]] = merged[line * head_dim + d] * inverse

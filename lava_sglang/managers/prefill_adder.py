@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, PrefillAdder
+from sglang.srt.managers.schedule_policy import (
+    CLIP_MAX_NEW_TOKENS,
+    IGNORE_EOS_RESERVE_TOKENS,
+    PrefillAdder,
+)
 
 from lava_sglang.managers.request import LavaReq
 
@@ -23,10 +27,10 @@ class LavaPrefillAdder(PrefillAdder):
         total = len(req.full_untruncated_fill_ids)
         if extend_input_len is not None and req.prefix_len + extend_input_len < total:
             return stock
-        max_new = min(
-            max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS
-        )
+        max_new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+        if not req.sampling_params.ignore_eos:  # SGLang may plan all of a fixed-length output
+            max_new = min(max_new, CLIP_MAX_NEW_TOKENS)
         copy = req.copy_slots()
         alone = self.ceil_paged_tokens(total) + max_new + self.per_req_token_overhead + stock
-        fits = alone + copy < self.token_to_kv_pool_allocator.size
+        fits = alone + copy + IGNORE_EOS_RESERVE_TOKENS < self.token_to_kv_pool_allocator.size
         return stock + (copy if fits else 0)

@@ -78,6 +78,8 @@ class LavaReq(Req):
         if config.scope == "prompt":
             shared_prefix_len = 0
         suffix_len = prompt_len - shared_prefix_len
+        if self.to_finish is not None:
+            return SkipReason.ABORTED
         if not config.enabled:
             return SkipReason.DISABLED
         if self._unsupported():
@@ -103,6 +105,8 @@ class LavaReq(Req):
 
     def copy_slots(self) -> int:
         """Slots the copy at the end of prefill needs: what admission keeps free. 0 if no copy."""
+        if self.skip_reason is not None:
+            return 0
         plan = self.plan or self.plan_for(self._shared_prefix_len())
         return plan.budget if isinstance(plan, CompressionPlan) else 0
 

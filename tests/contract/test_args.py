@@ -182,14 +182,14 @@ def test_all_bad_values_are_told_at_once(model: str) -> None:
         kv_compression_min_tokens=0,
         kv_compression_config={"window_size": 0, "pool_width": 2, "scope": "x", "speed": 1},
     )
-    assert [reason.partition("=")[0] for reason in found] == [
+    assert sorted(reason.partition("=")[0] for reason in found) == [
         "--kv-compression",
         "--kv-compression-budget",
-        "--kv-compression-min-tokens",
-        "--kv-compression-config window_size",
         "--kv-compression-config pool_width",
         "--kv-compression-config scope",
         "--kv-compression-config speed",
+        "--kv-compression-config window_size",
+        "--kv-compression-min-tokens",
     ]
 
 
@@ -207,6 +207,20 @@ def test_bad_values_and_features_are_told_at_once(model: str) -> None:
     words = ("--kv-compression-min-tokens=-2", "pipeline", "mixed", "quantized", "HiCache")
     for word, reason in zip(words, found, strict=True):
         assert word in reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cuda_graph_backend_prefill": "full"},
+        # SGLang lets the JSON win over the option.
+        {"cuda_graph_config": {"prefill": {"backend": "full"}}},
+    ],
+    ids=["option", "JSON"],
+)
+def test_a_full_prefill_graph_is_refused(model: str, options: dict[str, Any]) -> None:
+    (reason,) = start_reasons(model, kv_compression="snapkv", **options)
+    assert reason.startswith("full CUDA graphs for prefill is not supported")
 
 
 def test_bad_values_are_refused_also_where_compression_is_off(model: str) -> None:

@@ -12,10 +12,11 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from lava_sglang import plugin, seams
+from lava_sglang import hooks, plugin, seams
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionError
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
+from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.positions import PositionDeltas
 
 RUNTIME_HOOKS = (seams.ATTENTION, seams.POSITIONS, seams.PREFILL_LOG, seams.DECODE_LOG)
@@ -29,14 +30,13 @@ def scheduler(plugin_installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterat
         owner, name = f"sglang.{seam.target}".rsplit(".", 1)
         place = pkgutil.resolve_name(owner)
         originals[place, name] = vars(place)[name]
-    monkeypatch.setattr(plugin, "_registered", set(plugin._registered))
+    monkeypatch.setattr(hooks, "_registered", set(hooks._registered))
     monkeypatch.setattr(HookRegistry, "_hooks", HookRegistry._hooks.copy())
     monkeypatch.setattr(HookRegistry, "_patched", set(HookRegistry._patched))
-    made = SimpleNamespace(
-        kv_compression=KVCompressionCoordinator(),
-        kv_compression_log_parts=lambda: ["#kv-comp-req: 2", "kv-comp slots saved: 30"],
-    )
-    plugin.install_runtime_hooks(made)
+    made: Any = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="snapkv"))
+    made.kv_compression = KVCompressionCoordinator()
+    made.kv_compression_log_parts = lambda: ["#kv-comp-req: 2", "kv-comp slots saved: 30"]
+    made._add_kv_compression_hooks()
     yield made
     for (place, name), value in originals.items():
         setattr(place, name, value)
@@ -49,7 +49,7 @@ def hook_on(seam: seams.Seam) -> Any:
 
 def test_every_hook_is_applied_once(scheduler: Any) -> None:
     assert {f"sglang.{seam.target}" for seam in RUNTIME_HOOKS} <= HookRegistry._patched
-    plugin.install_runtime_hooks(scheduler)
+    scheduler._add_kv_compression_hooks()
     for seam in RUNTIME_HOOKS:
         assert len(HookRegistry._hooks[f"sglang.{seam.target}"]) == 1
 
@@ -66,7 +66,7 @@ def test_another_sglang_is_refused_before_a_scheduler_is_built(
 ) -> None:
     monkeypatch.setattr("lava_sglang.compat.SGLANG_VERSION", "0.5.99")
     with pytest.raises(KVCompressionError, match=r"needs sglang==0\.5\.99"):
-        plugin.install_runtime_hooks(scheduler)
+        scheduler._add_kv_compression_hooks()
 
 
 class Backend(AttentionBackend):

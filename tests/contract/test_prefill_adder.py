@@ -97,16 +97,16 @@ def test_sglangs_own_reserve_is_kept(engine: Engine, monkeypatch: pytest.MonkeyP
 
 
 def test_the_reserve_without_an_engine() -> None:
-    """The numbers alone: 1,000 prompt tokens, 100 output tokens, one page, 250 for the copy."""
+    """1,000 prompt tokens, 100 output tokens, one page, 250 for the copy, one to spare."""
     req: Any = SimpleNamespace(
         full_untruncated_fill_ids=range(1000),
         prefix_len=0,
         output_ids=[],
         kv=SimpleNamespace(req_pool_idx=None),
-        sampling_params=SimpleNamespace(max_new_tokens=100),
+        sampling_params=SimpleNamespace(max_new_tokens=100, ignore_eos=False),
         copy_slots=lambda: 250,
     )
-    for size, expected in [(1300, 0), (1351, 0), (1352, 250), (5000, 250)]:
+    for size, expected in [(1300, 0), (1352, 0), (1353, 250), (5000, 250)]:
         adder = LavaPrefillAdder.__new__(LavaPrefillAdder)
         adder.page_size = adder.per_req_token_overhead = 1
         adder.token_to_kv_pool_allocator = SimpleNamespace(

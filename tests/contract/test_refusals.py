@@ -9,11 +9,15 @@ import pytest
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.model_executor.cuda_graph_config import parse_cuda_graph_config_arg
+from sglang.srt.model_executor.cuda_graph_config import (
+    Phase,
+    default_cuda_graph_config,
+    with_phase,
+)
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
-from lava_sglang import compat, plugin
+from lava_sglang import compat, hooks, plugin
 from lava_sglang.args import LavaServerArgs
 from lava_sglang.config import KVCompressionError
 from tests.contract.engine import build_engine
@@ -54,7 +58,7 @@ ON: dict[str, Any] = {
     "enable_session_radix_cache": True,
     "kv_canary": "log",
     "cuda_graph_backend_prefill": "full",
-    "cuda_graph_config": parse_cuda_graph_config_arg('{"prefill": {"backend": "full"}}'),
+    "cuda_graph_config": with_phase(default_cuda_graph_config(), Phase.PREFILL, backend="full"),
 }
 
 
@@ -87,12 +91,6 @@ def test_every_quantized_cache_is_refused(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16"])
 def test_a_plain_cache_is_served(dtype: str) -> None:
     assert compat.feature_reasons(view_with(kv_cache_dtype=dtype)) == []
-
-
-def test_a_full_prefill_graph_is_refused_also_in_the_json() -> None:
-    """`--cuda-graph-config` wins over `--cuda-graph-backend-prefill` in SGLang."""
-    (reason,) = compat.feature_reasons(view_with(cuda_graph_config=ON["cuda_graph_config"]))
-    assert reason.startswith("full CUDA graphs for prefill is not supported")
 
 
 def test_all_features_are_refused_at_once() -> None:
@@ -146,12 +144,12 @@ def test_a_hook_that_did_not_take_is_refused(
     plugin_installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SGLang logs the failure of a hook and goes on; we do not."""
-    assert plugin.hook_reasons() == []
+    assert hooks.reasons() == []
     target = "sglang.srt.managers.scheduler.Scheduler.gone"
-    monkeypatch.setattr(plugin, "_registered", set(plugin._registered))
+    monkeypatch.setattr(hooks, "_registered", set(hooks._registered))
     monkeypatch.setattr(HookRegistry, "_hooks", HookRegistry._hooks.copy())
     monkeypatch.setattr(HookRegistry, "_patched", set(HookRegistry._patched))
-    assert plugin._add(target, lambda result: None, HookType.AFTER)
+    assert hooks.add(target, lambda result: None, HookType.AFTER)
     with pytest.raises(KVCompressionError) as caught:
         plugin.install()
     assert caught.value.reasons == [f"hook on {target} was not applied: see SGLang's log above"]

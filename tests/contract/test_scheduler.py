@@ -76,23 +76,44 @@ def calls(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "result"
 
     monkeypatch.setattr(stock(), "run_batch", run_batch)
-    for name in ("begin_extend", "end_extend"):
-        monkeypatch.setattr(scheduler.kv_compression, name, lambda batch, n=name: seen.append(n))
+    coordinator = scheduler.kv_compression
+    monkeypatch.setattr(coordinator, "begin_extend", lambda batch: seen.append("begin_extend"))
+    monkeypatch.setattr(
+        coordinator, "end_extend", lambda batch: seen.append("end_extend") or batch.compresses
+    )
     return seen
+
+
+def batch_of(mode: str, compresses: bool = False) -> Any:
+    return SimpleNamespace(
+        forward_mode=SimpleNamespace(is_extend=lambda: mode == "extend"),
+        compresses=compresses,
+        batch_is_full=True,
+    )
 
 
 def test_a_prefill_is_compressed_when_it_has_been_launched(
     scheduler: Any, calls: list[str]
 ) -> None:
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: True))
-    assert scheduler.run_batch(batch, pp_proxy_tensors=None) == "result"
+    assert scheduler.run_batch(batch_of("extend"), pp_proxy_tensors=None) == "result"
     assert calls == ["begin_extend", "run () {'pp_proxy_tensors': None}", "end_extend"]
 
 
 def test_a_decode_runs_as_it_is(scheduler: Any, calls: list[str]) -> None:
-    batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
-    assert scheduler.run_batch(batch) == "result"
+    assert scheduler.run_batch(batch_of("decode")) == "result"
     assert calls == ["run () {}"]
+
+
+@pytest.mark.parametrize("compresses", [True, False])
+def test_freed_slots_open_admission_again(
+    scheduler: Any, calls: list[str], compresses: bool
+) -> None:
+    """SGLang marks a batch as full, and asks again only when a request leaves."""
+    scheduler.running_batch.batch_is_full = True
+    batch = batch_of("extend", compresses)
+    scheduler.run_batch(batch)
+    assert batch.batch_is_full is not compresses
+    assert scheduler.running_batch.batch_is_full is not compresses
 
 
 def test_sglang_gets_our_classes(scheduler: Any) -> None:

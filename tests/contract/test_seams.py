@@ -16,12 +16,15 @@ import sglang.srt.mem_cache.common as mem_cache_common
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+import lava_sglang.managers.scheduler as our_scheduler_module
 from lava_sglang import compat, plugin, seams
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.managers.scheduler import LavaScheduler
 
 PACKAGE = Path(plugin.__file__).parent
 TARGETS = {seam.target for seam in seams.SEAMS}
+# What hands a hook to SGLang.
+HOOKING = (plugin, our_scheduler_module)
 # Modules with classes that stand in for, or extend, SGLang's in a server process.
 EXTENDING = [
     "args",
@@ -136,47 +139,37 @@ def test_the_attention_method_we_override_is_a_seam() -> None:
     assert any(target.endswith(".AttentionBackend.forward_extend") for target in TARGETS)
 
 
-def hooked_seams() -> set[str]:
-    """Names of the seams that `plugin.py` hands to SGLang's hook registry or resolution hooks."""
-    tree = ast.parse(inspect.getsource(plugin))
-    return {
-        node.value.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and node.attr == "target"
-        and isinstance(node.value, ast.Attribute)
-        and isinstance(node.value.value, ast.Name)
-        and node.value.value.id == "seams"
+def hooked_targets() -> list[str]:
+    """The source of every target that we hand to SGLang's hook registry."""
+    calls = [
+        node
+        for module in HOOKING
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "hooks.add"
+    ]
+    return [ast.unparse(call.args[0]) for call in calls]
+
+
+def test_hooks_are_only_added_where_this_test_looks() -> None:
+    adding = {
+        path.relative_to(PACKAGE)
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"\bhooks\.add\(|HookRegistry\.register\(", path.read_text())
     }
+    assert {str(path) for path in adding} == {"hooks.py", "plugin.py", "managers/scheduler.py"}
 
 
 def test_every_hook_is_a_seam() -> None:
-    hooks = {seam for seam in seams.SEAMS if seam.how == "hook"}
-    assert {getattr(seams, name) for name in hooked_seams()} == hooks
-
-
-def test_every_target_of_the_hook_registry_is_a_seam() -> None:
-    """A class that is put in another's place is a seam by its name or by one of its methods."""
-    tree = ast.parse(inspect.getsource(plugin))
-    constants = {
-        target.id: str(node.value.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    registered = [
-        node.args[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_add"
-    ]
-    assert len(registered) >= 7
-    for argument in registered:
-        if isinstance(argument, ast.Name):
-            path = constants[argument.id].removeprefix("sglang.")
-            assert any(f"{target}.".startswith(f"{path}.") for target in TARGETS), path
+    """`f"sglang.{seams.NAME.target}"` for a hook; a class put in another's place by its path."""
+    hooked = {seams.VALIDATE}  # a resolution hook: SGLang has another registry for them
+    for source in hooked_targets():
+        name = re.fullmatch(r"f'sglang\.\{seams\.(\w+)\.target\}'", source)
+        if name is not None:
+            hooked.add(getattr(seams, name[1]))
         else:
-            assert re.fullmatch(r"f'sglang\.\{seams\.\w+\.target\}'", ast.unparse(argument))
+            path = ast.literal_eval(source).removeprefix("sglang.")
+            assert any(f"{target}.".startswith(f"{path}.") for target in TARGETS), path
+    assert hooked == {seam for seam in seams.SEAMS if seam.how == "hook"}
 
 
 def test_extension_points_that_are_not_methods() -> None:

@@ -213,7 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
-    rows = [row for chip in args.target for case in cases(args.full) for row in compile_case(case, chip)]
+    rows: list[Row] = []
+    for chip in args.target:
+        for case in cases(args.full):
+            rows += compile_case(case, chip)
     print(table(rows))
     broken = [row for row in rows if row.problems]
     print(f"{len(rows)} kernels, {len(broken)} with problems")

@@ -24,7 +24,7 @@ def check_selection(
     head_floor: int | torch.Tensor = 0,
 ) -> Selection:
     """Equal to the reference to the entry, and exact in its sum."""
-    num_layers, num_kv_heads, num_scored = scores.shape
+    num_layers, num_kv_heads, _ = scores.shape
     got = run(scores, layer_counts, budget, first_token, window_size, head_floor)
     counts, offsets, tape_tokens = select_ref(
         scores, layer_counts, first_token, window_size, head_floor

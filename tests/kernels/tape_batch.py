@@ -74,9 +74,9 @@ def tape_batch(
             offsets[row] = _cut(request, columns, g)
     padding = [0] * padding_rows
     return TapeBatch(
-        q=torch.randn(
-            len(requests) + padding_rows, kv_heads * group, head_dim, generator=g
-        ).to(dtype),
+        q=torch.randn(len(requests) + padding_rows, kv_heads * group, head_dim, generator=g).to(
+            dtype
+        ),
         arena=arena,
         req_to_token=req_to_token,
         req_pool_indices=torch.tensor(order.tolist() + padding),

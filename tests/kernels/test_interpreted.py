@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kernel_has_a_file() -> None:
-    kernels = {path.stem for path in (ROOT / "kernels").glob("*.py") if "@triton.jit" in path.read_text()}
+    files = (ROOT / "kernels").glob("*.py")
+    kernels = {path.stem for path in files if "@triton.jit" in path.read_text()}
     tested = {path.stem.removeprefix("test_") for path in FILES}
     assert kernels - {"arena"} <= tested
 

@@ -68,9 +68,7 @@ def test_refuses_what_cannot_be_split(total: int, cap: int) -> None:
 def test_pyramid_falls_to_a_twentieth_of_the_mean() -> None:
     weights = pyramid_weights(32).double()
     torch.testing.assert_close(weights[-1], weights.mean() / 20, rtol=1e-5, atol=0)
-    torch.testing.assert_close(
-        weights.diff(), weights.diff()[0].expand(31), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(weights.diff(), weights.diff()[0].expand(31), rtol=1e-4, atol=0)
     assert pyramid_weights(1).tolist() == [1.0]
 
 

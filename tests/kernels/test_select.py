@@ -45,6 +45,12 @@ def test_a_larger_count_keeps_a_superset() -> None:
         before = now
 
 
+def test_zeros_negatives_and_infinity_are_ordered() -> None:
+    scores = torch.tensor([[[-0.0, 0.0, -1.0, 1e-45], [-0.0, float("inf"), 0.0, 3e38]]])
+    for count in range(0, 9, 2):
+        check_selection(select, scores, torch.tensor([count]), budget=3 + count // 2)
+
+
 def test_scores_that_are_not_numbers_keep_the_sum_exact() -> None:
     scores = torch.full((1, 2, 20), float("nan"))
     got = select(scores, torch.tensor([14]), 10, 0, 3, head_floor=2)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import re
 
-_VALUE = re.compile(r"%[\w#:]+")
-_ASSIGN = re.compile(r"^(?P<results>%[\w:]+(?:, %[\w:]+)*) = (?P<op>[\w.]+)(?P<rest>.*)$")
-_STOPS = ("tt.load", "arith.cmpi", "arith.cmpf", "arith.constant")
+_ASSIGN = re.compile(r"^(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)$")
+_LOCATION = re.compile(r"\s*loc\([^()]*(?:\([^()]*\))?\)")
+_LOOP = re.compile(r"scf\.for (%\w+) = (%[\w#]+) to %[\w#]+ step (%[\w#]+)")
+_CARRIED = re.compile(r"(%\w+) = (%[\w#]+)")
+_TABLES = ("tt.load", "arith.cmpi", "arith.cmpf", "arith.constant")
+_SAME_VALUE = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci")
 
 
 def narrow_products(ttir: str) -> list[str]:
@@ -15,79 +18,70 @@ def narrow_products(ttir: str) -> list[str]:
 
     A product with a compile-time constant (a block's first element) is allowed.
     """
-    ops = _operations(ttir)
-    found = []
-    for name, (op, line) in ops.defined.items():
-        is_narrow = op == "arith.muli" and re.search(r": (tensor<[\dx]+x)?i32>?", line)
-        if is_narrow and not any(_is_constant(v, ops) for v in ops.inputs[name]):
-            found.append((name, line))
-    reached = _reaching_addresses(ops)
-    return [line for name, line in found if name in reached]
+    values = _Values(ttir)
+    of_addresses = values.of_addresses()
+    return [
+        line
+        for name, line in values.line.items()
+        if re.search(r" = arith\.muli .* : (tensor<[\dx]+x)?i32>?", line)
+        and not any(values.is_constant(factor) for factor in values.inputs[name])
+        and name in of_addresses
+    ]
 
 
-class _operations:
-    """Every value of the text: its op and line, and the values it is computed from."""
+class _Values:
+    """Every value of the text: its line, its op, and the values that it is computed from.
+
+    The results of one op are one value here, which depends on all that the op yields.
+    """
 
     def __init__(self, ttir: str):
-        self.defined: dict[str, tuple[str, str]] = {}
+        self.line: dict[str, str] = {}
+        self.op: dict[str, str] = {}
         self.inputs: dict[str, list[str]] = {}
-        self.addresses: list[str] = []
-        regions: list[list[str]] = []  # results of the enclosing scf op, or none
+        self.offsets: list[str] = []  # what is added to pointers
+        regions: list[str] = []  # the result of each enclosing op
         for raw in ttir.splitlines():
-            line = re.sub(r"\s*loc\(.*$", "", raw).strip()
-            if line.startswith("}"):
-                regions and regions.pop()
-                if line.endswith("{"):  # } else {, } do {
-                    regions.append(last)
+            if raw.startswith("#"):
                 continue
-            match = _ASSIGN.match(line)
-            results = _names(match["results"]) if match else []
-            if match:
-                rest = match["rest"]
-                for result in results:
-                    self.defined[result] = (match["op"], line)
-                    self.inputs[result] = _names(rest.split(" : ")[0])
-                if match["op"] == "tt.addptr":
-                    self.addresses.append(_names(rest)[1])
-            if "scf.for" in line:
-                self._bind_loop(line)
-            elif line.startswith("scf.yield"):
-                for result, value in zip(regions[-1], _names(line.split(" : ")[0]), strict=False):
-                    self.inputs.setdefault(result, []).append(value)
+            line = _LOCATION.sub("", raw).strip()
+            result = ""
+            if line.startswith("}"):
+                result = regions.pop()  # } else {
+            elif match := _ASSIGN.match(line):
+                result, self.op[match[1]], rest = match.groups()
+                self.line[result] = line
+                self.inputs[result] = _names(rest)
+                if self.op[result] == "tt.addptr":
+                    self.offsets.append(_names(rest)[1])
+            elif line.startswith(("scf.yield", "scf.condition")):
+                self.inputs.setdefault(regions[-1], []).extend(_names(line))
+            elif line.startswith("^"):
+                self.inputs |= {name: [regions[-1]] for name in re.findall(r"(%\w+):", line)}
+            self.inputs |= {name: [start, result] for name, start in _CARRIED.findall(line)}
+            if loop := _LOOP.search(line):
+                self.inputs[loop[1]] = [loop[2], loop[3]]
             if line.endswith("{"):
-                last = results
-                regions.append(results)
+                regions.append(result)
 
-    def _bind_loop(self, line: str) -> None:
-        head = re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+) step (%\w+)", line)
-        assert head, line
-        self.inputs[head[1]] = [head[2], head[4]]
-        self.defined[head[1]] = ("scf.for", line)
-        carried = re.search(r"iter_args\(([^)]*)\)", line)
-        for name, start in re.findall(r"(%\w+) = (%[\w#]+)", carried[1] if carried else ""):
-            self.inputs[name] = [start]
-            self.defined[name] = ("scf.for", line)
+    def is_constant(self, name: str) -> bool:
+        op = self.op.get(name)
+        return op == "arith.constant" or (
+            op in _SAME_VALUE and self.is_constant(self.inputs[name][0])
+        )
+
+    def of_addresses(self) -> set[str]:
+        """The values that an address is computed from, up to what was read from memory."""
+        reached: set[str] = set()
+        pending = list(self.offsets)
+        while pending:
+            name = pending.pop()
+            if name not in reached and self.op.get(name) not in _TABLES:
+                reached.add(name)
+                pending += self.inputs.get(name, [])
+        return reached
 
 
 def _names(text: str) -> list[str]:
-    return [name.split("#")[0].split(":")[0] for name in _VALUE.findall(text)]
-
-
-def _is_constant(name: str, ops: _operations) -> bool:
-    op, _ = ops.defined.get(name, ("argument", ""))
-    if op == "arith.constant":
-        return True
-    passes = op in ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci")
-    return passes and _is_constant(ops.inputs[name][0], ops)
-
-
-def _reaching_addresses(ops: _operations) -> set[str]:
-    seen: set[str] = set()
-    pending = list(ops.addresses)
-    while pending:
-        name = pending.pop()
-        if name in seen or ops.defined.get(name, ("", ""))[0] in _STOPS:
-            continue
-        seen.add(name)
-        pending += ops.inputs.get(name, [])
-    return seen
+    """The values in a line before its types."""
+    return re.findall(r"%\w+", text.split(" : ")[0])

@@ -52,8 +52,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("scope", "all", "'suffix' or 'prompt'"),
     ("scope", None, "'suffix' or 'prompt'"),
     ("scope", 1, "'suffix' or 'prompt'"),
-    ("seed", -1, "a whole number from 0 up"),
-    ("seed", 1.5, "a whole number from 0 up"),
+    ("seed", -1, "a whole number from 0 to 2**63 - 1"),
+    ("seed", 1.5, "a whole number from 0 to 2**63 - 1"),
 ]
 
 

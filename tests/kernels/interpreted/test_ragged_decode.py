@@ -122,9 +122,7 @@ def test_every_e4m3_value_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     batch.arena = torch.zeros(1, 2, 21, 1, 64, dtype=torch.uint8)
     batch.arena[0, 1, batch.req_to_token[batch.req_pool_indices, 0].long(), 0] = values
     args = (batch.q, batch.arena, 0, *batch.tables().values(), batch.scaling)
-    out = ragged_decode_triton(
-        *args, workspace=workspace_for(batch), kv_dtype=torch.float8_e4m3fn
-    )
+    out = ragged_decode_triton(*args, workspace=workspace_for(batch), kv_dtype=torch.float8_e4m3fn)
     assert torch.equal(out[:, 0], values.view(torch.float8_e4m3fn).half())
 
 

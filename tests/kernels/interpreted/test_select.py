@@ -22,6 +22,11 @@ def test_shape(layers: int, heads: int, tokens: int) -> None:
     check_selection(select_triton, *problem, head_floor=tokens // 3)
 
 
+def test_ties_over_several_blocks() -> None:
+    problem = random_problem(7, layers=2, tokens=2500, levels=2)
+    check_selection(select_triton, *problem)
+
+
 def test_a_floor_for_each_layer() -> None:
     scores, counts, budget = random_problem(3, layers=4, levels=9)
     floors = torch.tensor([0, 2, 5, 99])
@@ -50,7 +55,7 @@ def test_ties_go_to_the_lower_head_and_token() -> None:
 
 
 def test_zeros_negatives_and_infinity_are_ordered() -> None:
-    scores = torch.tensor([[[0.0, -0.0, -1.0, 1e-45], [-0.0, float("inf"), -1e30, 3e38]]])
+    scores = torch.tensor([[[-0.0, 0.0, -1.0, 1e-45], [-0.0, float("inf"), 0.0, 3e38]]])
     for count in range(0, 9, 2):
         check_selection(select_triton, scores, torch.tensor([count]), budget=3 + count // 2)
 

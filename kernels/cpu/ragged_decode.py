@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention on a CPU over the tape: reads each K and V row once, on torch's thread count.
+
+Bound by memory: 2 * D * itemsize bytes and 4 * group * D flops an entry. The threads sleep between
+calls and are not OpenMP's, so they never spin against torch's own pool.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from lava_sglang.kernels.cpu import ragged_decode_jit as jit
+
+CHUNKS_PER_THREAD = 4  # so that a thread that was interrupted does not hold up the others
+MAX_GROUP = 16
+# torch storage -> the integers that the compiled code reads it as
+STORAGE = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+
+
+def ragged_decode_cpu(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    layer: int,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    scaling: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one new token per request over its prefix, tape pieces and tail.
+
+    q: [batch, num_qo_heads, head_dim], any float dtype. head_dim is a multiple of 8, num_qo_heads
+        one to sixteen times num_kv_heads.
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous; K first.
+    layer: index into the arena.
+    req_to_token: int32 [rows, max_context], the slots of each request in order.
+    req_pool_indices: int [batch], rows; the tables below are indexed by them.
+    seq_lens: int [batch], physical: prefix + budget + tail, this step's token included.
+    prefix_lens: int32 [rows], shared prefix P. Unused where the budget is 0.
+    budgets: int32 [rows], b, or 0 for a request that is not compressed.
+    offsets: int32 [rows, num_layers * num_kv_heads + 1], first tape place of each head.
+    scaling: factor on the logits.
+    out: [batch, num_qo_heads, head_dim], mutated and returned. Zeros where seq_lens is 0.
+
+    float32 inside. Bitwise the same for any number of threads. Raises ValueError on a shape or
+    dtype that it cannot read; slots and lengths are not checked. The first call for a head shape
+    compiles (see `compile_ragged_decode`).
+    """
+    batch, num_qo_heads, head_dim = q.shape
+    _, _, num_slots, num_kv_heads, _ = arena.shape
+    _check(q, arena, req_to_token, offsets)
+    group = num_qo_heads // num_kv_heads
+    order = _element_order(head_dim, arena.dtype)
+    requests = req_pool_indices.long().numpy()
+    rows, prefixes, budget_table = req_to_token.numpy(), prefix_lens.numpy(), budgets.numpy()
+    num_threads = torch.get_num_threads()
+    items, first_of_request, first_of_chunk, query, maxima, sums, outputs = jit.prepare(
+        q.float().reshape(batch, -1).contiguous().numpy(),
+        np.float32(scaling * math.log2(math.e)),
+        order,
+        layer,
+        num_kv_heads,
+        requests,
+        seq_lens.long().numpy(),
+        budget_table,
+        offsets.numpy(),
+        1 if num_threads == 1 else CHUNKS_PER_THREAD * num_threads,
+    )
+    attend = jit.attend_kernel(head_dim, group)
+    storage = arena.view(-1).view(STORAGE[arena.dtype]).numpy()
+    chunks = itertools.count()
+    num_chunks = len(first_of_chunk) - 1
+
+    def attend_to_chunks() -> None:
+        while (chunk := next(chunks)) < num_chunks:
+            attend(
+                first_of_chunk[chunk], first_of_chunk[chunk + 1], items, query, storage, layer,
+                num_kv_heads, num_slots, rows, requests, prefixes, budget_table, maxima, sums,
+                outputs,
+            )  # fmt: skip
+
+    helpers = [
+        _pool(num_threads).submit(attend_to_chunks) for _ in range(min(num_threads, num_chunks) - 1)
+    ]
+    attend_to_chunks()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not started has nothing left to do
+            helper.result()
+    merged = np.empty((batch, num_qo_heads * head_dim), np.float32)
+    jit.merge(items, first_of_request, num_kv_heads, group, order, maxima, sums, outputs, merged)
+    return out.copy_(torch.from_numpy(merged).view(q.shape))
+
+
+def compile_ragged_decode(
+    num_qo_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    """Compiles the op for one model, or loads it from numba's cache: call it at start-up.
+
+    Seconds the first time on a machine, tenths of a second after that.
+    """
+    arena = torch.zeros(1, 2, 2, num_kv_heads, head_dim, dtype=dtype)
+    table = torch.zeros(1, dtype=torch.int32)
+    q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype)
+    ragged_decode_cpu(
+        q,
+        arena,
+        layer=0,
+        req_to_token=torch.zeros(1, 1, dtype=torch.int32),
+        req_pool_indices=torch.zeros(1, dtype=torch.int64),
+        seq_lens=torch.ones(1, dtype=torch.int64),
+        prefix_lens=table,
+        budgets=table,
+        offsets=torch.zeros(1, num_kv_heads + 1, dtype=torch.int32),
+        scaling=1.0,
+        out=torch.empty_like(q),
+    )
+
+
+def _check(
+    q: torch.Tensor, arena: torch.Tensor, req_to_token: torch.Tensor, offsets: torch.Tensor
+) -> None:
+    _, num_qo_heads, head_dim = q.shape
+    num_layers, _, _, num_kv_heads, _ = arena.shape
+    if arena.dtype not in STORAGE:
+        raise ValueError(f"arena.dtype {arena.dtype}: accepted are {[*STORAGE]}")
+    if not (arena.is_contiguous() and arena.shape[1] == 2 and arena.shape[4] == head_dim):
+        raise ValueError(
+            f"arena {tuple(arena.shape)}: accepted is a contiguous [layers, 2, slots, heads, "
+            f"{head_dim}]"
+        )
+    if head_dim % 8:
+        raise ValueError(f"head_dim {head_dim}: accepted are multiples of 8")
+    group, rest = divmod(num_qo_heads, num_kv_heads)
+    if rest or not 1 <= group <= MAX_GROUP:
+        raise ValueError(
+            f"num_qo_heads {num_qo_heads}: accepted are 1 to {MAX_GROUP} times num_kv_heads "
+            f"{num_kv_heads}"
+        )
+    if req_to_token.dtype != torch.int32:
+        raise ValueError(f"req_to_token.dtype {req_to_token.dtype}: accepted is torch.int32")
+    if offsets.shape[1] != num_layers * num_kv_heads + 1:
+        raise ValueError(
+            f"offsets.shape {tuple(offsets.shape)}: accepted is [rows, "
+            f"{num_layers * num_kv_heads + 1}]"
+        )
+
+
+@functools.cache
+def _element_order(head_dim: int, dtype: torch.dtype) -> np.ndarray:
+    return jit.element_order(head_dim, dtype == torch.bfloat16)
+
+
+@functools.cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads - 1, thread_name_prefix="lava-decode")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has none of the threads
