@@ -41,30 +41,6 @@ def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
     return F.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
 
 
-def top_entries_ref(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` best tokens of each row, ties to the lower token, in ascending order.
-
-    scores: [..., tokens] float. Returns int64 [..., count].
-    """
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(dim=-1).values
-
-
-def copy_entries_ref(
-    buffers: list[torch.Tensor], src_slots: torch.Tensor, dst_slots: torch.Tensor
-) -> None:
-    """Copy each head's kept entries into fresh slots, all layers. Mutates `buffers`.
-
-    buffers: K or V of every layer, [slots, num_kv_heads, head_dim].
-    src_slots: int64 [num_layers, num_kv_heads, kept], the slot of each kept entry.
-    dst_slots: int64 [kept], disjoint from src_slots; column j of every head goes to dst_slots[j].
-    """
-    num_kv_heads = src_slots.shape[1]
-    heads = torch.arange(num_kv_heads, device=src_slots.device)
-    for buffer, src in zip(buffers, src_slots.unbind(0), strict=True):
-        buffer[dst_slots] = buffer[src.T, heads]  # [kept, num_kv_heads, head_dim]
-
-
 def ragged_decode_ref(
     q: torch.Tensor,
     arena: torch.Tensor,

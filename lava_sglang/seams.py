@@ -21,6 +21,9 @@ _REQ = "srt.managers.schedule_batch.Req"
 _ADDER = "srt.managers.schedule_policy.PrefillAdder"
 _STREAMER = "srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _STATS = "srt.managers.scheduler_components.pool_stats_observer.PoolStats"
+_BACKEND = "srt.layers.attention.base_attn_backend.AttentionBackend"
+_CPU_BACKEND = "srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_POOL = "srt.mem_cache.memory_pool.MHATokenToKVPool"
 _TREE = "srt.mem_cache.base_prefix_cache.BasePrefixCache"
 
 SERVER_ARGS = Seam(
@@ -98,7 +101,84 @@ SEAMS = (
         "unpickling the arguments in a child process installs the plugin there, or fails",
     ),
     Seam(
-        "srt.layers.attention.base_attn_backend.AttentionBackend.forward_extend",
+        f"{_POOL}._create_buffers_normal",
+        "override",
+        ("self",),
+        "the buffers are views of one arena: the one place where they are allocated",
+    ),
+    Seam(f"{_POOL}._kv_buffer_shapes", "call", ("self",), "the shapes of those buffers"),
+    Seam(
+        f"{_POOL}.set_kv_buffer",
+        "call",
+        (
+            "self",
+            "layer",
+            "loc_info",
+            "cache_k",
+            "cache_v",
+            "k_scale",
+            "v_scale",
+            "layer_id_override",
+            "dcp_kv_mask",
+        ),
+        "writes a layer's new entries",
+    ),
+    Seam(
+        "srt.mem_cache.memory_pool.KVWriteLoc.for_batch",
+        "call",
+        ("forward_batch", "swa_loc", "full_loc"),
+        "where a batch's new entries go",
+    ),
+    Seam(
+        f"{_BACKEND}.forward_decode",
+        "override",
+        ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "kwargs"),
+        "each head reads its own entries",
+    ),
+    Seam(
+        f"{_BACKEND}.init_forward_metadata",
+        "override",
+        ("self", "forward_batch"),
+        "plans nothing",
+    ),
+    Seam(
+        f"{_BACKEND}.init_forward_metadata_out_graph",
+        "override",
+        ("self", "forward_batch", "in_capture"),
+        "plans nothing",
+    ),
+    Seam(
+        f"{_BACKEND}.init_cuda_graph_state",
+        "override",
+        ("self", "max_bs", "max_num_tokens"),
+        "the workspace is there already",
+    ),
+    Seam(
+        f"{_BACKEND}.get_cuda_graph_seq_len_fill_value",
+        "override",
+        ("self",),
+        "the length of padding requests",
+    ),
+    Seam(
+        f"{_BACKEND}.shared_read_ends",
+        "override",
+        ("self", "fm"),
+        "when the scheduler may write rows again",
+    ),
+    Seam(
+        f"{_CPU_BACKEND}.forward_decode",
+        "override",
+        ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+        "each head reads its own entries",
+    ),
+    Seam(
+        f"{_CPU_BACKEND}.forward_extend",
+        "override",
+        ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+        "a chunk does not compute its prefix's attention again",
+    ),
+    Seam(
+        f"{_BACKEND}.forward_extend",
         "override",
         ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "kwargs"),
         "the window's queries, after RoPE and after the layer's entries are written",

@@ -307,8 +307,7 @@ def adakv_keep(
     _check_budget(prompt_len, prefix_len, budget, window_size)
     scored = slice(prefix_len, prompt_len - window_size)
     scores = [
-        _pooled_attention(prefill, layer, scored, pool_width).mean(dim=1)
-        for layer in range(layers)
+        _pooled_attention(prefill, layer, scored, pool_width).mean(dim=1) for layer in range(layers)
     ]
     count = heads * (budget - window_size)
     floor = int(0.2 * (budget - window_size))

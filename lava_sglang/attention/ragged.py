@@ -19,6 +19,12 @@ from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
 from lava_sglang.mem_cache.tape import TapeTable
 
+BatchTables = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+"""What a decode kernel reads of a batch: req_to_token, req_pool_indices, seq_lens, then the tape's
+prefix_lens, budgets, offsets."""
+
 
 class RaggedDecode:
     """What both backends share: the tables, and the write of a layer's new entries."""
@@ -32,7 +38,7 @@ class RaggedDecode:
             location = KVWriteLoc.for_batch(forward_batch)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
 
-    def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> tuple[torch.Tensor, ...]:
+    def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> BatchTables:
         """The kernel's view of the batch, in its order."""
         assert self.tape is not None
         return (

@@ -85,4 +85,5 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
         cap = num_kv_heads * scored_len
         counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
         floor = (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
-    return select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
+    kept = select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
+    return kept._replace(counts=kept.counts.view(num_layers, num_kv_heads))

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, release_req
 from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_tokens
 from sglang.srt.mem_cache.allocation import alloc_for_decode, alloc_for_extend
@@ -23,16 +24,20 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
+from torch import nn
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.kernels.select import Selection
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.request import LavaReq
-from lava_sglang.policy import METHODS, LayerView, select
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
+from lava_sglang.mem_cache.tape import TapeTable
+from lava_sglang.policy import METHODS, PromptView, keep
 
 NUM_LAYERS = 2
 KV_HEADS = 2
@@ -80,16 +85,21 @@ class Batch:
 class Engine:
     """`prefilling` and `decoding` are the requests that own a row; `kept` what each chose."""
 
-    pool: MHATokenToKVPool
+    pool: LavaMHATokenToKVPool
     allocator: Any
     rows: ReqToTokenPool
     tree: UnifiedRadixCache
     coordinator: KVCompressionCoordinator
     prefilling: list[LavaReq] = field(default_factory=list)
     decoding: list[LavaReq] = field(default_factory=list)
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, Selection] = field(default_factory=dict)
     served: list[tuple[array[int], str | None]] = field(default_factory=list)
     count: int = 0
+
+    @property
+    def tape(self) -> TapeTable:
+        assert self.coordinator.tape is not None
+        return self.coordinator.tape
 
     def request(
         self,
@@ -166,9 +176,7 @@ class Engine:
         lengths = torch.tensor([req.kv.kv_committed_len for req in self.decoding])
         batch = Batch(self.decoding, self, lengths)
         alloc_for_decode(batch, 1)
-        deltas = self.coordinator.positions
-        assert deltas is not None
-        shifted = deltas.shift(lengths, batch.req_pool_indices)
+        shifted = self.tape.shift(lengths, batch.req_pool_indices)
         for req, position in zip(self.decoding, shifted.tolist(), strict=True):
             assert position == len(req.origin_input_ids) + len(req.output_ids) - 1
             req.refresh_fill_ids()
@@ -220,7 +228,7 @@ class Engine:
                 self.queries(req, req.prefix_len, req.extend_end, layer) for req in batch.reqs
             ]
             attention = SimpleNamespace(
-                layer_id=layer, scaling=SCALING, tp_q_head_num=QUERY_HEADS, qk_head_dim=HEAD_DIM
+                layer_id=layer, tp_q_head_num=QUERY_HEADS, qk_head_dim=HEAD_DIM
             )
             self.coordinator.capture.capture(attention, torch.cat(queries).flatten(1))
 
@@ -237,42 +245,59 @@ class Engine:
             return
         window = req.compression.window_size
         tokens = list(req.full_untruncated_fill_ids[: plan.prompt_len])
-        views = [
-            LayerView(
-                keys=torch.stack(
-                    [
-                        self.entries(layer, head, range(plan.prompt_len), tokens)
-                        for head in range(KV_HEADS)
-                    ],
-                    dim=1,
-                ),
-                queries=self.queries(req, plan.prompt_len - window, plan.prompt_len, layer),
-                scaling=SCALING,
-                shared_prefix_len=plan.shared_prefix_len,
-                window_size=window,
-            )
+        positions = range(plan.prompt_len)
+        columns = [
+            self.entries(layer, head, positions, tokens)
             for layer in range(NUM_LAYERS)
+            for head in range(KV_HEADS)
         ]
+        keys = torch.stack(columns).view(NUM_LAYERS, KV_HEADS, -1, HEAD_DIM).transpose(1, 2)
+        first = plan.prompt_len - window
+        queries = [self.queries(req, first, plan.prompt_len, layer) for layer in range(NUM_LAYERS)]
+        prompt = PromptView(
+            arena=torch.stack([keys, -keys], dim=1).contiguous(),
+            slots=torch.arange(plan.prompt_len),
+            queries=torch.stack(queries),
+            scaling=torch.full((NUM_LAYERS,), SCALING),
+            shared_prefix_len=plan.shared_prefix_len,
+            window_size=window,
+        )
         method = METHODS[req.compression.method](req.compression)
-        self.kept[req.rid] = select(method, views, plan.budget)
+        self.kept[req.rid] = keep(method, prompt, plan.budget)
 
     def row(self, req: LavaReq, end: int | None = None) -> torch.Tensor:
         last = req.kv.kv_committed_len if end is None else end
         return self.rows.req_to_token[req.kv.req_pool_idx, :last].long()
 
-    def positions_of(self, req: LavaReq, layer: int, head: int) -> list[int]:
-        """Positions in its text of the entries that its row holds."""
-        length = req.kv.kv_committed_len
-        if not req.compressed or req.plan is None:
-            return list(range(length))
-        kept: list[int] = self.kept[req.rid][layer, head].tolist()
-        tail = length - req.plan.compressed_len
-        prompt_len = req.plan.prompt_len
-        return [
-            *range(req.plan.shared_prefix_len),
-            *kept,
-            *range(prompt_len, prompt_len + tail),
+    def places_of(self, req: LavaReq, layer: int, head: int) -> tuple[torch.Tensor, list[int]]:
+        """Where a head's entries are, [n, 3]: layer, slot, head; and their positions in the text.
+
+        Of a compressed request by the tape's rule, from the table that the backends read.
+        """
+        row = self.row(req)
+        plan = req.plan
+        if not req.compressed or plan is None:
+            return own_places(layer, row, head), list(range(len(row)))
+        prefix_len, budget = plan.shared_prefix_len, plan.budget
+        column = layer * KV_HEADS + head
+        first, end = self.tape.offsets[req.kv.req_pool_idx, column : column + 2].tolist()
+        private = row[prefix_len : prefix_len + budget]
+        tape = [
+            [e // (KV_HEADS * budget), int(private[e % budget]), e % (KV_HEADS * budget) // budget]
+            for e in range(first, end)
         ]
+        tail = row[prefix_len + budget :]
+        places = [
+            own_places(layer, row[:prefix_len], head),
+            torch.tensor(tape, dtype=torch.int64).view(-1, 3),
+            own_places(layer, tail, head),
+        ]
+        positions = [
+            *range(prefix_len),
+            *self.kept[req.rid].tape_tokens[first:end].tolist(),
+            *range(plan.prompt_len, plan.prompt_len + len(tail)),
+        ]
+        return torch.cat(places), positions
 
     def tree_slots(self) -> torch.Tensor:
         return self.tree.all_values_flatten().long()
@@ -332,14 +357,28 @@ class Engine:
         assert self.tree.protected_size() == len(locked)
 
     def check_entries(self, req: LavaReq) -> None:
-        slots = self.row(req)
+        self.check_tape(req)
         tokens = list(req.full_untruncated_fill_ids)
         for layer in range(NUM_LAYERS):
             for head in range(KV_HEADS):
-                positions = self.positions_of(req, layer, head)
+                places, positions = self.places_of(req, layer, head)
                 keys = self.entries(layer, head, positions, [tokens[p] for p in positions])
-                assert torch.equal(self.pool.k_buffer[layer][slots, head], keys)
-                assert torch.equal(self.pool.v_buffer[layer][slots, head], -keys)
+                layers, slots, heads = places.T
+                assert torch.equal(self.pool.arena[layers, 0, slots, heads], keys)
+                assert torch.equal(self.pool.arena[layers, 1, slots, heads], -keys)
+
+    def check_tape(self, req: LavaReq) -> None:
+        """The request's row of the tables says what its plan says, and row 0 nothing."""
+        tape, row = self.tape, req.kv.req_pool_idx
+        tape.check_integrity(row)
+        found = tape.prefix_lens[row], tape.budgets[row], tape.position_deltas[row]
+        if req.compressed and req.plan is not None:
+            plan = req.plan
+            assert found == (plan.shared_prefix_len, plan.budget, plan.slots_freed)
+            assert torch.equal(tape.offsets[row], self.kept[req.rid].offsets)
+        else:
+            assert found == (0, 0, 0)
+        assert (tape.prefix_lens[0], tape.budgets[0], tape.position_deltas[0]) == (0, 0, 0)
 
     def check_prefix(self, tokens: array[int], extra_key: str | None) -> None:
         """What the tree holds of a text is exact, whoever was compressed."""
@@ -355,13 +394,18 @@ class Engine:
                 assert torch.equal(self.pool.v_buffer[layer][slots, head], -keys)
 
 
+def own_places(layer: int, slots: torch.Tensor, head: int) -> torch.Tensor:
+    """int64 [n, 3]: the entries of these slots in the head's own column."""
+    return torch.stack([torch.full_like(slots, layer), slots, torch.full_like(slots, head)], dim=1)
+
+
 def build_engine(
     page_size: int = 1,
     slots: int = 512,
     disable_radix_cache: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Engine:
-    pool = MHATokenToKVPool(
+    pool = LavaMHATokenToKVPool(
         size=slots,
         page_size=page_size,
         dtype=dtype,
@@ -389,13 +433,14 @@ def build_engine(
         )
     )
     coordinator = KVCompressionCoordinator()
-    coordinator.attach(
-        SimpleNamespace(
-            enable_overlap=False,
-            device="cpu",
-            tree_cache=tree,
-            req_to_token_pool=rows,
-            token_to_kv_pool_allocator=allocator,
-        )
+    layers = [
+        RadixAttention(QUERY_HEADS, HEAD_DIM, SCALING, KV_HEADS, layer_id)
+        for layer_id in range(NUM_LAYERS)
+    ]
+    coordinator.attach_model(
+        SimpleNamespace(model=nn.ModuleList(layers), token_to_kv_pool=pool, req_to_token_pool=rows)
+    )
+    coordinator.attach_scheduler(
+        SimpleNamespace(enable_overlap=False, device="cpu", tree_cache=tree)
     )
     return Engine(pool, allocator, rows, tree, coordinator)

@@ -12,13 +12,19 @@ from typing import Any
 
 import pytest
 import sglang.srt.server_args as server_args_module
+from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.managers.scheduler import run_scheduler_process
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.server_args import prepare_server_args
 
 from lava_sglang import plugin
-from lava_sglang.args import LavaServerArgs, config_of
-from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.args import LavaServerArgs, choose_decode_backend, config_of
+from lava_sglang.config import (
+    RAGGED_METHODS,
+    UNIFORM_METHODS,
+    KVCompressionConfig,
+    KVCompressionError,
+)
 from lava_sglang.managers.scheduler import LavaScheduler
 
 pytestmark = pytest.mark.usefixtures("plugin_installed")
@@ -152,7 +158,7 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in FIELDS:
         assert f"--{name.replace('_', '-')}" in shown
-    assert "{none,snapkv,streamingllm,random,lava,adakv,pyramidkv}" in shown
+    assert "{none,lava,adakv,pyramidkv,snapkv,streamingllm,random}" in shown
 
 
 @pytest.mark.parametrize(
@@ -177,7 +183,7 @@ def test_a_value_of_another_type_is_refused_by_the_parser(
 def test_all_bad_values_are_told_at_once(model: str) -> None:
     found = start_reasons(
         model,
-        kv_compression="lava",
+        kv_compression="lru",
         kv_compression_budget=-1.0,
         kv_compression_min_tokens=0,
         kv_compression_config={"window_size": 0, "pool_width": 2, "scope": "x", "speed": 1},
@@ -345,6 +351,53 @@ class Replacement(Stock):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("a stock scheduler is not built by us")
+
+
+def resolved_backends(model: str, method: str, device: str, **options: Any) -> tuple[Any, Any]:
+    """Prefill and decode backend after the hook; SGLang's own step is the user's choice."""
+    args = LavaServerArgs(model_path=model, device=device, kv_compression=method, **options)
+    stepped: list[Any] = []
+    choose_decode_backend(args, stepped.append)
+    assert stepped == [args]
+    view = resolving_view(args)
+    return view.prefill_attention_backend, view.decode_attention_backend
+
+
+@pytest.mark.parametrize("method", RAGGED_METHODS)
+@pytest.mark.parametrize("chosen", [None, "triton"])
+def test_a_ragged_method_decodes_on_our_backend(
+    model: str, method: str, chosen: str | None
+) -> None:
+    backends = resolved_backends(model, method, "cuda", prefill_attention_backend=chosen)
+    assert backends == (chosen, "lava")
+
+
+@pytest.mark.parametrize(
+    ("method", "device"),
+    [(method, "cuda") for method in ("none", *UNIFORM_METHODS)]
+    + [(method, "cpu") for method in RAGGED_METHODS],
+)
+def test_other_methods_and_a_cpu_decode_on_the_users_backend(
+    model: str, method: str, device: str
+) -> None:
+    backends = resolved_backends(model, method, device, decode_attention_backend="triton")
+    assert backends == (None, "triton")
+
+
+def test_our_backend_can_be_named_on_the_command_line(model: str) -> None:
+    args = prepare_server_args(
+        ["--model-path", model, "--device", "cpu", "--decode-attention-backend", "lava"]
+    )
+    assert args.decode_attention_backend == "lava"
+
+
+@pytest.mark.parametrize("method", RAGGED_METHODS)
+def test_a_ragged_method_is_accepted_at_start(model: str, method: str) -> None:
+    args = LavaServerArgs(
+        model_path=model, device="cpu", attention_backend="torch_native", kv_compression=method
+    )
+    args.resolve_once()
+    assert config_of(args).method == method
 
 
 def test_without_compression_a_stock_scheduler_is_made() -> None:

@@ -33,8 +33,7 @@ def test_a_finished_prefill_is_compressed_counted_and_lets_its_window_go(engine:
     assert engine.coordinator.capture.segments == []
     assert dict(engine.coordinator.stats.requests) == {"compressed": 1}
     plan = req.plan
-    assert engine.coordinator.positions is not None
-    assert engine.coordinator.positions.table[req.kv.req_pool_idx] == plan.slots_freed
+    assert engine.tape.position_deltas[req.kv.req_pool_idx] == plan.slots_freed
     assert len(engine.coordinator.timer.take()) == 1
 
 
@@ -75,8 +74,7 @@ def test_a_row_that_is_used_again_starts_without_a_delta(engine: Engine) -> None
     assert engine.admit(second)
     engine.extend((second, None))
     assert second.kv.req_pool_idx == row and not second.compressed
-    assert engine.coordinator.positions is not None
-    assert engine.coordinator.positions.table.sum() == 0
+    assert engine.tape.position_deltas.sum() == engine.tape.budgets.sum() == 0
     engine.decode()
     engine.check()
 
@@ -129,11 +127,11 @@ def test_a_request_that_is_retracted_in_its_prefill_starts_over(engine: Engine) 
 
 
 def test_requests_of_one_batch_have_their_own_methods(engine: Engine) -> None:
-    methods = ("snapkv", "streamingllm", "random")
+    methods = ("snapkv", "streamingllm", "lava")
     reqs = [
         engine.request(
             range(1000 * i + 1, 1000 * i + 100),
-            SNAPKV,
+            CONFIG.model_copy(update={"method": "adakv"}),
             custom_params={"kv_compression": {"method": method, "budget": 0.2 + 0.1 * i}},
         )
         for i, method in enumerate(methods)

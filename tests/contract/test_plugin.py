@@ -8,18 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
+from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.plugins.hook_registry import HookRegistry
+from torch import nn
 
 from lava_sglang import hooks, plugin, seams
+from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionError
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.scheduler import LavaScheduler
-from lava_sglang.mem_cache.positions import PositionDeltas
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
+from lava_sglang.mem_cache.tape import TapeTable
 
-RUNTIME_HOOKS = (seams.ATTENTION, seams.POSITIONS, seams.PREFILL_LOG, seams.DECODE_LOG)
+RUNTIME_HOOKS = (seams.POOL, seams.ATTENTION, seams.POSITIONS, seams.PREFILL_LOG, seams.DECODE_LOG)
 
 
 @pytest.fixture
@@ -33,6 +39,9 @@ def scheduler(plugin_installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(hooks, "_registered", set(hooks._registered))
     monkeypatch.setattr(HookRegistry, "_hooks", HookRegistry._hooks.copy())
     monkeypatch.setattr(HookRegistry, "_patched", set(HookRegistry._patched))
+    monkeypatch.setattr(
+        attention_registry, "ATTENTION_BACKENDS", dict(attention_registry.ATTENTION_BACKENDS)
+    )
     made: Any = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="snapkv"))
     made.kv_compression = KVCompressionCoordinator()
     made.kv_compression_log_parts = lambda: ["#kv-comp-req: 2", "kv-comp slots saved: 30"]
@@ -90,19 +99,64 @@ def forward_mode(mode: str) -> SimpleNamespace:
     )
 
 
-def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> None:
-    from sglang.srt.layers.attention import attention_registry
-
-    runner = SimpleNamespace(
-        server_args=SimpleNamespace(enable_pdmux=False), hybrid_gdn_config=None
+def model_runner() -> SimpleNamespace:
+    """A model of two layers and its pools, as much as the tables are made from."""
+    layers = [RadixAttention(4, 8, scaling, 2, layer) for layer, scaling in ((1, 0.5), (0, 0.25))]
+    return SimpleNamespace(
+        server_args=SimpleNamespace(enable_pdmux=False),
+        hybrid_gdn_config=None,
+        model=nn.ModuleList(layers),
+        token_to_kv_pool=SimpleNamespace(layer_num=2, head_num=2, device="cpu"),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(5, 16, dtype=torch.int32)),
     )
-    backend = hook_on(seams.ATTENTION)(Backend(), runner, None)
+
+
+def test_the_tables_are_made_with_the_first_backend_and_once(scheduler: Any) -> None:
+    coordinator = scheduler.kv_compression
+    runner = model_runner()
+    hook_on(seams.ATTENTION)(Backend(), runner, None)
+    tape = coordinator.tape
+    assert tape.budgets.shape == (5,) and tape.offsets.shape == (5, 2 * 2 + 1)
+    assert coordinator.scaling.tolist() == [0.25, 0.5]  # by layer, whatever the modules' order
+    assert coordinator.req_to_token is runner.req_to_token_pool.req_to_token
+    hook_on(seams.ATTENTION)(Backend(), model_runner(), None)
+    assert coordinator.tape is tape
+
+
+class RaggedBackend(RaggedDecode, Backend):
+    """A backend that decodes from the tape."""
+
+
+def test_a_backend_that_decodes_from_the_tape_is_given_it(scheduler: Any) -> None:
+    alone, uniform = RaggedBackend(), Backend()
+    hybrid = Backend()
+    hybrid.decode_backend = RaggedBackend()  # type: ignore[attr-defined]
+    for backend in (alone, uniform, hybrid):
+        hook_on(seams.ATTENTION)(backend, model_runner(), None)
+    tape = scheduler.kv_compression.tape
+    assert alone.tape is tape and hybrid.decode_backend.tape is tape  # type: ignore[attr-defined]
+    assert not hasattr(uniform, "tape")
+
+
+def test_our_backends_are_registered_by_name(scheduler: Any) -> None:
+    assert attention_registry.ATTENTION_BACKENDS["lava"] is LavaAttnBackend
+    assert attention_registry.ATTENTION_BACKENDS["torch_native"] is LavaCpuAttnBackend
+
+
+def test_plain_attention_gets_the_arena_pool_and_other_kinds_theirs(scheduler: Any) -> None:
+    platform = SRTPlatform()
+    assert platform.get_kv_pool_cls(kind="mha") is LavaMHATokenToKVPool
+    assert hook_on(seams.POOL)("stock", platform, kind="mla") == "stock"
+
+
+def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> None:
+    backend = hook_on(seams.ATTENTION)(Backend(), model_runner(), None)
     assert attention_registry.attn_backend_wrapper.__wrapped__ is not None
     assert isinstance(backend, Backend) and type(backend).__name__ == "LavaBackend"
     capture = scheduler.kv_compression.capture
     window = WindowQueries(1, 2)
     capture.add(window, 0, (0, 3), 3)
-    layer = SimpleNamespace(layer_id=0, scaling=0.5, tp_q_head_num=2, qk_head_dim=4)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=2, qk_head_dim=4)
     queries = torch.randn(3, 8)
     decode = SimpleNamespace(forward_mode=forward_mode("decode"))
     assert backend.forward(queries, None, None, layer, decode) == "decode"
@@ -110,13 +164,13 @@ def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> No
     extend = SimpleNamespace(forward_mode=forward_mode("extend"))
     done = backend.forward(q=queries, k=None, v=None, layer=layer, forward_batch=extend)
     assert done == "extend {'save_kv_cache': True}"
-    assert torch.equal(window.layer(0), queries[1:].view(2, 2, 4))
+    assert torch.equal(window.queries()[0], queries[1:].view(2, 2, 4))
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("decode", [13, 4]), ("extend", [3, 4])])
 def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: list[int]) -> None:
-    scheduler.kv_compression.positions = PositionDeltas(4, "cpu")
-    scheduler.kv_compression.positions.set(2, 10)
+    scheduler.kv_compression.tape = TapeTable(4, 1, 2, "cpu")
+    scheduler.kv_compression.tape.commit(2, 0, 3, 10, torch.tensor([0, 1, 6]))
     batch = SimpleNamespace(
         forward_mode=forward_mode(mode),
         positions=torch.tensor([3, 4]),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.cuda_graph_config import (
     Phase,
     default_cuda_graph_config,
@@ -19,7 +20,13 @@ from torch import nn
 
 from lava_sglang import compat, hooks, plugin
 from lava_sglang.args import LavaServerArgs
-from lava_sglang.config import KVCompressionError
+from lava_sglang.attention.ragged import LavaCpuAttnBackend
+from lava_sglang.config import (
+    RAGGED_METHODS,
+    UNIFORM_METHODS,
+    KVCompressionConfig,
+    KVCompressionError,
+)
 from tests.contract.engine import build_engine
 
 DEFAULTS = {
@@ -218,8 +225,10 @@ def scheduler_with(**changes: Any) -> Any:
     )
     allocator = changes.pop("allocator", engine.allocator)
     tree_cache = changes.pop("tree_cache", engine.tree)
+    method = changes.pop("method", "snapkv")
     assert not changes
     return SimpleNamespace(
+        kv_compression_config=KVCompressionConfig(method=method),
         token_to_kv_pool_allocator=allocator,
         tree_cache=tree_cache,
         tp_worker=SimpleNamespace(model_runner=runner),
@@ -276,9 +285,46 @@ def test_a_hybrid_backend_that_captures_at_its_prefill_is_served(runtime_context
     assert compat.scheduler_reasons(scheduler_with(attn_backend=backend)) == []
 
 
-def test_another_layout_of_the_pool_is_refused(runtime_context: None) -> None:
-    scheduler = scheduler_with()
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    pool.k_buffer = [buffer.unsqueeze(0) for buffer in pool.k_buffer]
-    (reason,) = compat.scheduler_reasons(scheduler)
-    assert "layout" in reason and "[slots, heads, dim]" in reason
+@pytest.mark.parametrize("method", RAGGED_METHODS)
+def test_a_decode_backend_that_reads_equal_budgets_is_refused_for_a_ragged_method(
+    runtime_context: None, method: str
+) -> None:
+    """At its own name, or as the decode half of a hybrid."""
+    hybrid = SimpleNamespace(
+        prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=TorchNativeAttnBackend()
+    )
+    expected = (
+        f"{method} keeps its own entries in each head, "
+        "which only --decode-attention-backend lava reads (torch_native on a CPU)"
+    )
+    (alone,) = compat.scheduler_reasons(scheduler_with(method=method))
+    (half,) = compat.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid))
+    assert alone == f"decode attention backend LavaTorchNativeAttnBackend: {expected}"
+    assert half == f"decode attention backend TorchNativeAttnBackend: {expected}"
+
+
+@pytest.mark.parametrize("method", UNIFORM_METHODS)
+def test_any_decode_backend_serves_a_uniform_method(runtime_context: None, method: str) -> None:
+    hybrid = SimpleNamespace(
+        prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=TorchNativeAttnBackend()
+    )
+    assert compat.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid)) == []
+
+
+@pytest.mark.parametrize("method", [*RAGGED_METHODS, *UNIFORM_METHODS])
+def test_a_backend_that_decodes_from_the_tape_serves_every_method(
+    runtime_context: None, method: str
+) -> None:
+    alone = LavaCpuAttnBackend.__new__(LavaCpuAttnBackend)
+    hybrid = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=alone)
+    for backend in (alone, hybrid):
+        scheduler = scheduler_with(method=method, attn_backend=backend)
+        assert compat.scheduler_reasons(scheduler) == []
+
+
+def test_sglangs_own_pool_is_refused(runtime_context: None) -> None:
+    """Another plugin took the seam, or the hook did not: nothing would be addressable."""
+    pool = build_engine(page_size=1).pool
+    pool.__class__ = MHATokenToKVPool
+    (reason,) = compat.scheduler_reasons(scheduler_with(allocator=allocator_of(pool)))
+    assert reason == "KV pool MHATokenToKVPool: only SGLang's plain MHA pool is supported"

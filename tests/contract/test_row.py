@@ -13,9 +13,9 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import release_kv_cache
 
-from lava_sglang.config import UNIFORM_METHODS
 from lava_sglang.managers.request import LavaReq, SkipReason
 from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
+from lava_sglang.policy import METHODS
 from tests.contract.engine import CONFIG, Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
@@ -195,7 +195,7 @@ def test_evicting_after_a_swap_takes_the_exact_suffix_and_leaves_the_prefix(
     engine.check()
 
 
-@pytest.mark.parametrize("method", UNIFORM_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunks", [(), (16, 48), (50, 30)], ids=str)
 @pytest.mark.parametrize("shared", [0, 32])
 def test_a_compressed_request_reads_the_entries_it_chose(
@@ -333,7 +333,7 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
     def new_request() -> LavaReq:
         config = CONFIG.model_copy(
             update={
-                "method": rng.choice(UNIFORM_METHODS),
+                "method": rng.choice(list(METHODS)),
                 "budget": rng.choice([0.1, 0.25, 0.6, 1.0, 24.0]),
                 "scope": rng.choice(["suffix", "suffix", "prompt"]),
             }

@@ -28,6 +28,8 @@ HOOKING = (plugin, our_scheduler_module)
 # Modules with classes that stand in for, or extend, SGLang's in a server process.
 EXTENDING = [
     "args",
+    "attention.ragged",
+    "mem_cache.pool",
     *(f"managers.{path.stem}" for path in sorted((PACKAGE / "managers").glob("[a-z]*.py"))),
 ]
 
@@ -161,7 +163,7 @@ def test_hooks_are_only_added_where_this_test_looks() -> None:
 
 def test_every_hook_is_a_seam() -> None:
     """`f"sglang.{seams.NAME.target}"` for a hook; a class put in another's place by its path."""
-    hooked = {seams.VALIDATE}  # a resolution hook: SGLang has another registry for them
+    hooked = {seams.VALIDATE, seams.BACKEND}  # resolution hooks: SGLang has a registry for them
     for source in hooked_targets():
         name = re.fullmatch(r"f'sglang\.\{seams\.(\w+)\.target\}'", source)
         if name is not None:

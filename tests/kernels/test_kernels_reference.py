@@ -5,15 +5,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lava_sglang.kernels.reference import (
-    copy_entries_ref,
-    max_pool_ref,
-    top_entries_ref,
-    window_attention_ref,
-)
+from lava_sglang.kernels.reference import max_pool_ref, window_attention_ref
 
 
 def window_attention_by_loops(
@@ -92,68 +85,3 @@ def test_max_pool_equals_loops(width: int, tokens: int) -> None:
         for token in range(tokens):
             near = scores[row, max(0, token - half) : token + half + 1]
             assert pooled[row, token] == near.max()
-
-
-@settings(deadline=None, max_examples=200)
-@given(data=st.data(), tokens=st.integers(1, 40), levels=st.sampled_from([1, 2, 5, 1000]))
-def test_top_entries_are_the_best_and_ties_go_to_the_lower_token(
-    data: st.DataObject, tokens: int, levels: int
-) -> None:
-    values = data.draw(st.lists(st.integers(0, levels), min_size=tokens, max_size=tokens))
-    count = data.draw(st.integers(0, tokens))
-    scores = torch.tensor([values, values[::-1]], dtype=torch.float32)
-    kept = top_entries_ref(scores, count)
-    assert kept.dtype == torch.int64 and kept.shape == (2, count)
-    for row, row_values in enumerate((values, values[::-1])):
-        best = sorted(range(tokens), key=lambda token: (-row_values[token], token))
-        assert kept[row].tolist() == sorted(best[:count])
-
-
-def test_top_entries_of_every_leading_dimension() -> None:
-    scores = torch.rand(2, 3, 50)
-    kept = top_entries_ref(scores, 7)
-    assert kept.shape == (2, 3, 7)
-    assert torch.equal(kept[1, 2], top_entries_ref(scores[1, 2], 7))
-
-
-def test_infinite_scores_win() -> None:
-    scores = torch.tensor([[0.0, torch.inf, 5.0, torch.inf]])
-    assert top_entries_ref(scores, 2).tolist() == [[1, 3]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_copy_moves_the_right_rows_and_nothing_else(dtype: torch.dtype) -> None:
-    num_layers, slots, num_kv_heads, head_dim = 3, 30, 2, 4
-    buffers = []
-    for layer in range(num_layers):
-        buffer = torch.full((slots, num_kv_heads, head_dim), torch.nan, dtype=dtype)
-        for slot in range(20):  # what the prompt wrote; the rest was never written
-            for head in range(num_kv_heads):
-                buffer[slot, head] = 100 * layer + 2 * slot + head
-        buffers.append(buffer)
-    before = [buffer.clone() for buffer in buffers]
-    kept = 5
-    src = torch.stack(
-        [
-            torch.stack([torch.randperm(20)[:kept].sort().values for _ in range(num_kv_heads)])
-            for _ in range(num_layers)
-        ]
-    )
-    dst = torch.tensor([28, 21, 25, 22, 29])
-
-    copy_entries_ref(buffers, src, dst)
-
-    untouched = [slot for slot in range(slots) if slot not in dst.tolist()]
-    for layer in range(num_layers):
-        for head in range(num_kv_heads):
-            for column in range(kept):
-                expected = before[layer][src[layer, head, column], head]
-                assert torch.equal(buffers[layer][dst[column], head], expected)
-        assert torch.equal(
-            buffers[layer][untouched].nan_to_num(-1), before[layer][untouched].nan_to_num(-1)
-        )
-
-
-def test_copy_refuses_another_number_of_layers() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        copy_entries_ref([torch.zeros(4, 1, 2)], torch.zeros(2, 1, 1).long(), torch.tensor([3]))

@@ -18,14 +18,13 @@ from lava_sglang.config import (
 )
 
 BUDGET_RANGE = "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size"
-METHOD_RANGE = "one of snapkv, streamingllm, random"
+METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("method", "lru", METHOD_RANGE),
     ("method", "", METHOD_RANGE),
     ("method", None, METHOD_RANGE),
     ("method", 3, METHOD_RANGE),
-    *[("method", method, METHOD_RANGE) for method in RAGGED_METHODS],
     ("budget", 0, BUDGET_RANGE),
     ("budget", -0.5, BUDGET_RANGE),
     ("budget", -100, BUDGET_RANGE),
@@ -82,12 +81,6 @@ def test_a_bad_value_is_named_with_its_field_and_range(
     assert reason.startswith(f"{field}={value!r}: accepts {accepted}"), reason
 
 
-@pytest.mark.parametrize("method", RAGGED_METHODS)
-def test_a_method_of_a_later_version_says_why(method: str) -> None:
-    (reason,) = reasons({"method": method})
-    assert "does not serve yet" in reason
-
-
 def test_every_field_has_a_bad_value_above() -> None:
     assert {field for field, _, _ in BAD_VALUES} == set(KVCompressionConfig.model_fields)
 
@@ -142,11 +135,10 @@ def test_good_budgets(budget: float) -> None:
 
 
 @pytest.mark.parametrize("method", METHOD_CHOICES)
-def test_methods_are_served_refused_or_off(method: str) -> None:
-    if method in RAGGED_METHODS:
-        assert len(reasons({"method": method})) == 1
-    else:
-        assert KVCompressionConfig.parse({"method": method}).enabled is (method != "none")
+def test_every_method_is_served_or_off(method: str) -> None:
+    config = KVCompressionConfig.parse({"method": method})
+    assert config.enabled is (method != "none")
+    assert config.ragged is (method in ("lava", "adakv", "pyramidkv"))
 
 
 def test_the_settings_are_frozen_and_hashable() -> None:
@@ -257,7 +249,7 @@ def request_reasons(server: KVCompressionConfig, override: Any) -> list[str]:
         ({"budget": [0.5]}, "budget", BUDGET_RANGE),
         ({"budget": True}, "budget", BUDGET_RANGE),
         ({"method": "none"}, "method", METHOD_RANGE),
-        ({"method": "lava"}, "method", METHOD_RANGE),
+        ({"method": "lru"}, "method", METHOD_RANGE),
         ({"method": 3}, "method", METHOD_RANGE),
         ({"method": None}, "method", METHOD_RANGE),
     ],
@@ -268,6 +260,25 @@ def test_a_bad_override_is_named(
     (reason,) = request_reasons(server, override)
     value = override[field]
     assert reason.startswith(f"kv_compression.{field}={value!r}: accepts {accepted}"), reason
+
+
+@pytest.mark.parametrize("method", RAGGED_METHODS)
+@pytest.mark.parametrize("served", UNIFORM_METHODS)
+def test_a_ragged_method_is_refused_where_the_server_runs_a_uniform_one(
+    served: str, method: str
+) -> None:
+    (reason,) = request_reasons(KVCompressionConfig(method=served), {"method": method})
+    assert reason == (
+        f"kv_compression.method={method!r}: accepts one of snapkv, streamingllm, random on this "
+        f"server, which runs {served} on a decode backend for equal budgets"
+    )
+
+
+@pytest.mark.parametrize("method", METHOD_CHOICES[1:])
+@pytest.mark.parametrize("served", RAGGED_METHODS)
+def test_a_ragged_server_takes_every_method(served: str, method: str) -> None:
+    server = KVCompressionConfig(method=served)
+    assert server.for_request({"method": method}).method == method
 
 
 def test_an_override_in_tokens_exceeds_the_servers_window(server: KVCompressionConfig) -> None:
@@ -290,7 +301,7 @@ def test_other_fields_are_the_servers(server: KVCompressionConfig, field: str) -
 
 
 def test_all_bad_overrides_are_reported_together(server: KVCompressionConfig) -> None:
-    found = request_reasons(server, {"enabled": 1, "method": "lava", "budget": "x", "scope": 1})
+    found = request_reasons(server, {"enabled": 1, "method": "lru", "budget": "x", "scope": 1})
     assert len(found) == 4
 
 

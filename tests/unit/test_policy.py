@@ -3,17 +3,21 @@
 
 import dataclasses
 import math
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from lava_sglang import config as config_module
-from lava_sglang.config import KVCompressionConfig
-from lava_sglang.policy import METHODS, LayerView, Method, select
+from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
+from lava_sglang.kernels.select import Selection
+from lava_sglang.policy import METHODS, Method, PromptView, keep
 
 HEAD_DIM = 8
 SCALING = HEAD_DIM**-0.5
+NUM_LAYERS = 3
 
 
 class Shape(NamedTuple):
@@ -44,27 +48,35 @@ def settings_for(shape: Shape, method: str = "snapkv", seed: int = 0) -> KVCompr
     )
 
 
-def random_layer(shape: Shape, seed: int = 0) -> LayerView:
+def random_prompt(shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS) -> PromptView:
+    """Entries in slots of any order; layers differ in how sharply they attend."""
     generator = torch.Generator().manual_seed(seed)
     heads = shape.num_kv_heads * shape.group
-    return LayerView(
-        keys=torch.randn(shape.prompt_len, shape.num_kv_heads, HEAD_DIM, generator=generator),
-        queries=torch.randn(shape.num_queries, heads, HEAD_DIM, generator=generator),
-        scaling=SCALING,
+    num_slots = shape.prompt_len + 5
+    return PromptView(
+        arena=torch.randn(
+            num_layers, 2, num_slots, shape.num_kv_heads, HEAD_DIM, generator=generator
+        ),
+        slots=torch.randperm(num_slots, generator=generator)[: shape.prompt_len],
+        queries=torch.randn(num_layers, shape.num_queries, heads, HEAD_DIM, generator=generator),
+        scaling=SCALING * torch.arange(1, num_layers + 1),
         shared_prefix_len=shape.shared_prefix_len,
         window_size=shape.window_size,
     )
 
 
-def snapkv_scores(layer: LayerView, pool_width: int) -> list[list[float]]:
-    """SnapKV by its definition, in float64: [num_kv_heads][scored tokens]."""
-    assert layer.queries is not None
-    num_queries, num_qo_heads, _ = layer.queries.shape
-    prompt_len, num_kv_heads, _ = layer.keys.shape
+def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
+    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
+    assert prompt.queries is not None and prompt.scaling is not None
+    queries = prompt.queries[layer].double()
+    keys = prompt.arena[layer, 0, prompt.slots].double()
+    scaling = float(prompt.scaling[layer])
+    num_queries, num_qo_heads, _ = queries.shape
+    prompt_len, num_kv_heads, _ = keys.shape
     group = num_qo_heads // num_kv_heads
-    first, last = layer.shared_prefix_len, prompt_len - layer.window_size
-    queries, keys = layer.queries.double(), layer.keys.double()
-    scores = []
+    first, last = prompt.shared_prefix_len, prompt_len - prompt.window_size
+    half = pool_width // 2
+    pooled = []
     for kv_head in range(num_kv_heads):
         pooled_heads = []
         for query_head in range(kv_head * group, (kv_head + 1) * group):
@@ -72,29 +84,135 @@ def snapkv_scores(layer: LayerView, pool_width: int) -> list[list[float]]:
             for place in range(num_queries):
                 seen = prompt_len - num_queries + place + 1
                 weights = [
-                    math.exp(float(queries[place, query_head] @ keys[t, kv_head]) * layer.scaling)
+                    math.exp(float(queries[place, query_head] @ keys[t, kv_head]) * scaling)
                     for t in range(seen)
                 ]
                 for token, weight in enumerate(weights):
                     mean[token] += weight / sum(weights) / num_queries
-            half = pool_width // 2
             pooled_heads.append(
                 [
                     max(mean[max(first, t - half) : min(last, t + half + 1)])
                     for t in range(first, last)
                 ]
             )
-        scores.append([sum(column) / group for column in zip(*pooled_heads, strict=True)])
+        pooled.append(pooled_heads)
+    return pooled
+
+
+Scores = list[list[list[float]]]  # [num_layers][num_kv_heads][scored tokens]
+
+
+def snapkv_scores(prompt: PromptView, pool_width: int) -> Scores:
+    """SnapKV by its definition: the mean over the query heads of a group."""
+    return [
+        [
+            [sum(column) / len(column) for column in zip(*query_heads, strict=True)]
+            for query_heads in pooled_attention(prompt, layer, pool_width)
+        ]
+        for layer in range(prompt.num_layers)
+    ]
+
+
+def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
+    """LAVa by its definition: the group's maximum, times the head's largest value norm."""
+    scores = []
+    last = len(prompt.slots) - prompt.window_size
+    for layer in range(prompt.num_layers):
+        values = prompt.arena[layer, 1, prompt.slots].double()
+        heads = []
+        for head, query_heads in enumerate(pooled_attention(prompt, layer, pool_width)):
+            norm = max(
+                sum(abs(number) for number in values[token, head].tolist())
+                for token in range(prompt.shared_prefix_len, last)
+            )
+            heads.append([max(column) * norm for column in zip(*query_heads, strict=True)])
+        scores.append(heads)
     return scores
 
 
-def best_tokens(scores: list[float], layer: LayerView, budget: int) -> list[int]:
-    """Positions in the prompt: the best scored tokens, ties to the lower, and the window."""
-    count = budget - layer.window_size
-    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
-    prompt_len = layer.keys.shape[0]
-    window = range(prompt_len - layer.window_size, prompt_len)
-    return [layer.shared_prefix_len + token for token in sorted(order[:count])] + list(window)
+DEFINITIONS = {
+    "snapkv": snapkv_scores,
+    "adakv": snapkv_scores,
+    "pyramidkv": snapkv_scores,
+    "lava": lava_scores,
+}
+
+
+def entropy(scores: list[list[float]]) -> float:
+    """Of one layer's scores, normalised to [0, 1]."""
+    numbers = [score for head in scores for score in head]
+    shares = [number / sum(numbers) for number in numbers]
+    if len(shares) == 1:
+        return 0.0
+    return -sum(share * math.log(share) for share in shares if share) / math.log(len(shares))
+
+
+def divide(weights: list[float], total: int, most: int) -> list[int]:
+    """Entry by entry to the largest weight / (2 * held + 1) that is not full, ties to the lower."""
+    units = [max(1, round(weight * 2**30)) for weight in weights]
+    held = [0] * len(weights)
+    for _ in range(total):
+        claims = [
+            (Fraction(unit, 2 * count + 1), -layer)
+            for layer, (unit, count) in enumerate(zip(units, held, strict=True))
+            if count < most
+        ]
+        held[-max(claims)[1]] += 1
+    return held
+
+
+def best_entries(scores: list[list[float]], count: int, floor: int) -> list[list[int]]:
+    """Of one layer, [num_kv_heads][scored tokens kept]: a floor in each head, then the best."""
+    kept: list[set[int]] = []
+    for head in scores:
+        order = sorted(range(len(head)), key=lambda token: (-head[token], token))
+        kept.append(set(order[:floor]))
+    rest = [
+        (-score, head, token)
+        for head, numbers in enumerate(scores)
+        for token, score in enumerate(numbers)
+        if token not in kept[head]
+    ]
+    for _, head, token in sorted(rest)[: count - floor * len(scores)]:
+        kept[head].add(token)
+    return [sorted(tokens) for tokens in kept]
+
+
+def slow_keep(name: str, scores: Scores, weights: list[float], mean: int) -> list[list[list[int]]]:
+    """Scored tokens that each method keeps, by its definition: [num_layers][num_kv_heads][kept]."""
+    num_kv_heads, scored_len = len(scores[0]), len(scores[0][0])
+    if name in ("lava", "adakv"):
+        most = num_kv_heads * scored_len
+        counts = divide(weights, len(scores) * num_kv_heads * mean, most)
+        floor = mean // 5 if name == "adakv" else 0
+        return [best_entries(*layer, floor) for layer in zip(scores, counts, strict=True)]
+    counts = divide(weights, len(scores) * mean, scored_len)
+    return [
+        [best_entries([head], count, 0)[0] for head in layer]
+        for layer, count in zip(scores, counts, strict=True)
+    ]
+
+
+def heads_of(kept: Selection, prompt: PromptView) -> list[list[list[int]]]:
+    """[num_layers][num_kv_heads][kept], positions in the prompt. Its parts agree."""
+    columns = prompt.num_layers * prompt.num_kv_heads
+    assert {part.dtype for part in kept} == {torch.int32}
+    assert kept.counts.shape == (prompt.num_layers, prompt.num_kv_heads)
+    assert kept.offsets.shape == (columns + 1,) and kept.offsets[0] == 0
+    assert torch.equal(kept.offsets.diff(), kept.counts.flatten())
+    assert kept.offsets[-1] == len(kept.tape_tokens)
+    pieces = [piece.tolist() for piece in kept.tape_tokens.split(kept.counts.flatten().tolist())]
+    size = prompt.num_kv_heads
+    return [pieces[i : i + size] for i in range(0, columns, size)]
+
+
+def with_window(scored: list[list[list[int]]], prompt: PromptView) -> list[list[list[int]]]:
+    prompt_len = len(prompt.slots)
+    window = list(range(prompt_len - prompt.window_size, prompt_len))
+    return [
+        [[prompt.shared_prefix_len + token for token in head] + window for head in layer]
+        for layer in scored
+    ]
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -109,130 +227,234 @@ def method_name(request: pytest.FixtureRequest) -> str:
     return found
 
 
-def test_snapkv_scores_equal_its_definition(shape: Shape) -> None:
-    layer = random_layer(shape)
-    scores = METHODS["snapkv"](settings_for(shape)).score(layer)
-    expected = torch.tensor(snapkv_scores(layer, shape.pool_width), dtype=torch.float64)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_scores_equal_their_definition(name: str, shape: Shape) -> None:
+    prompt = random_prompt(shape)
+    scores = METHODS[name](settings_for(shape, name)).score(prompt)
+    expected = torch.tensor(DEFINITIONS[name](prompt, shape.pool_width), dtype=torch.float64)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_snapkv_keeps_the_best(shape: Shape) -> None:
+def test_lavas_layer_weights_are_the_entropies_of_its_scores(shape: Shape) -> None:
+    method = METHODS["lava"](settings_for(shape, "lava"))
+    scores = method.score(random_prompt(shape))
+    expected = [entropy(layer) for layer in scores.tolist()]
+    assert method.layer_weights(scores).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 30])
+def test_pyramidkvs_layer_weights_fall_to_a_twentieth_of_the_mean(num_layers: int) -> None:
+    method = METHODS["pyramidkv"](KVCompressionConfig(method="pyramidkv"))
+    weights = method.layer_weights(torch.rand(num_layers, 2, 10)).tolist()
+    mean = sum(weights) / num_layers
+    assert weights[-1] == pytest.approx(mean / 20, rel=1e-5)
+    steps = [above - below for above, below in pairwise(weights)]
+    assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-4) and steps[0] > 0
+
+
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "streamingllm", "random"])
+def test_other_methods_weigh_layers_alike(name: str) -> None:
+    weights = METHODS[name](KVCompressionConfig(method=name)).layer_weights(torch.rand(4, 2, 10))
+    assert weights.tolist() == [1.0] * 4
+
+
+def test_every_method_keeps_what_a_slow_loop_keeps(method_name: str, shape: Shape) -> None:
+    prompt = random_prompt(shape)
+    method = METHODS[method_name](settings_for(shape, method_name))
+    scores = method.score(prompt)
+    weights = method.layer_weights(scores).tolist()
+    mean = shape.budget - shape.window_size
+    expected = slow_keep(method_name, scores.tolist(), weights, mean)
+    kept = heads_of(keep(method, prompt, shape.budget), prompt)
+    assert kept == with_window(expected, prompt)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None:
     """By the sum of what is kept: loops round in another order, so near ties may differ."""
-    layers = [random_layer(shape, seed) for seed in (1, 2)]
-    kept = select(METHODS["snapkv"](settings_for(shape)), layers, shape.budget)
-    for layer, heads in zip(layers, kept.tolist(), strict=True):
-        all_scores = snapkv_scores(layer, shape.pool_width)
-        for scores, chosen in zip(all_scores, heads, strict=True):
-            value = dict(enumerate(scores, start=shape.shared_prefix_len))
-            best = best_tokens(scores, layer, shape.budget)
-            assert sum(value.get(token, 0) for token in chosen) == pytest.approx(
-                sum(value.get(token, 0) for token in best), rel=1e-5
-            )
+    prompt = random_prompt(shape, seed=1)
+    method = METHODS[name](settings_for(shape, name))
+    kept = heads_of(keep(method, prompt, shape.budget), prompt)
+    scores = DEFINITIONS[name](prompt, shape.pool_width)
+    mean = shape.budget - shape.window_size
+    weights = {
+        "lava": [entropy(layer) for layer in scores],
+        "pyramidkv": method.layer_weights(torch.tensor(scores)).tolist(),
+    }.get(name, [1.0] * len(scores))
+    best = with_window(slow_keep(name, scores, weights, mean), prompt)
+    for layer, (chosen, expected) in enumerate(zip(kept, best, strict=True)):
+        assert layer_value(scores[layer], chosen, prompt) == pytest.approx(
+            layer_value(scores[layer], expected, prompt), rel=1e-5
+        )
+
+
+def layer_value(scores: list[list[float]], kept: list[list[int]], prompt: PromptView) -> float:
+    return sum(
+        head[token - prompt.shared_prefix_len]
+        for head, tokens in zip(scores, kept, strict=True)
+        for token in tokens[: len(tokens) - prompt.window_size]
+    )
+
+
+def test_adakv_keeps_a_fifth_of_the_mean_in_every_head() -> None:
+    """Where one head outscores all others."""
+    shape = Shape(108, 0, 8, 8, 4, 1, 1, 33)
+
+    class Loud(METHODS["adakv"]):  # type: ignore[misc]
+        def score(self, prompt: PromptView) -> torch.Tensor:
+            scores = torch.rand(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
+            scores[:, 1] += 10
+            return scores
+
+    kept = keep(Loud(settings_for(shape, "adakv")), random_prompt(shape), shape.budget)
+    assert (kept.counts - shape.window_size).tolist() == [[5, 85, 5, 5]] * NUM_LAYERS
+
+
+def test_lava_gives_more_to_layers_whose_scores_are_spread() -> None:
+    """Layers attend more sharply the higher they are."""
+    shape = Shape(200, 0, 2, 2, 2, 1, 1, 50)
+    prompt = random_prompt(shape)._replace(scaling=torch.tensor([0.0, 1.0, 5.0]))
+    kept = keep(METHODS["lava"](settings_for(shape, "lava")), prompt, shape.budget)
+    flat, sharp, sharpest = kept.counts.sum(dim=1).tolist()
+    assert flat > sharp > sharpest
 
 
 def test_streamingllm_keeps_sinks_then_the_most_recent(shape: Shape) -> None:
     method = METHODS["streamingllm"](settings_for(shape, "streamingllm"))
-    layer = random_layer(shape)
-    (kept,) = select(method, [layer], shape.budget)
+    prompt = random_prompt(shape)
+    kept = heads_of(keep(method, prompt, shape.budget), prompt)
     scored = shape.prompt_len - shape.shared_prefix_len - shape.window_size
     count = shape.budget - shape.window_size
     sinks = min(4, count, scored)
     places = [*range(sinks), *range(scored - (count - sinks), scored)]
     expected = [shape.shared_prefix_len + place for place in places]
     expected += range(shape.prompt_len - shape.window_size, shape.prompt_len)
-    assert kept.tolist() == [expected] * shape.num_kv_heads
+    assert kept == [[expected] * shape.num_kv_heads] * NUM_LAYERS
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 1, 7, 10_000])
 def test_streamingllm_takes_as_many_sinks_as_it_is_told(sink_tokens: int) -> None:
     settings = KVCompressionConfig(method="streamingllm", window_size=2, sink_tokens=sink_tokens)
-    layer = random_layer(SHAPES[0])._replace(window_size=2)
-    (kept,) = select(METHODS["streamingllm"](settings), [layer], 12)
+    prompt = random_prompt(SHAPES[0])._replace(window_size=2)
+    kept = heads_of(keep(METHODS["streamingllm"](settings), prompt, 12), prompt)
     sinks = min(sink_tokens, 10)
-    assert kept[0].tolist() == [*range(sinks), *range(38 - (10 - sinks), 40)]
+    assert kept[0][0] == [*range(sinks), *range(38 - (10 - sinks), 40)]
 
 
 def test_random_keeps_a_seeded_sample(shape: Shape) -> None:
-    layer = random_layer(shape)
-    first = METHODS["random"](settings_for(shape, "random", seed=1)).score(layer)
-    again = METHODS["random"](settings_for(shape, "random", seed=1)).score(layer)
-    other = METHODS["random"](settings_for(shape, "random", seed=2)).score(layer)
+    prompt = random_prompt(shape)
+    first = METHODS["random"](settings_for(shape, "random", seed=1)).score(prompt)
+    again = METHODS["random"](settings_for(shape, "random", seed=1)).score(prompt)
+    other = METHODS["random"](settings_for(shape, "random", seed=2)).score(prompt)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.min() >= 0 and first.max() < 1
 
 
 def test_random_is_spread_evenly() -> None:
     shape = Shape(10_008, 0, 8, 8, 1, 1, 7, 1008)
-    layer = random_layer(shape)
-    (kept,) = select(METHODS["random"](settings_for(shape, "random")), [layer], shape.budget)
-    quarters = torch.histc(kept[0, :1000].float(), bins=4, min=0, max=10_000)
+    prompt = random_prompt(shape, num_layers=1)
+    kept = keep(METHODS["random"](settings_for(shape, "random")), prompt, shape.budget)
+    quarters = torch.histc(kept.tape_tokens[:1000].float(), bins=4, min=0, max=10_000)
     assert quarters.min() > 200 and quarters.max() < 300
 
 
+@pytest.mark.parametrize("num_layers", [1, NUM_LAYERS])
 def test_every_method_keeps_exactly_the_budget_with_its_window(
-    method_name: str, shape: Shape
+    method_name: str, shape: Shape, num_layers: int
 ) -> None:
-    """Invariant 6: the kept entries of every layer and head are b, so L * H * b in all."""
-    layers = [random_layer(shape, seed) for seed in range(3)]
-    kept = select(METHODS[method_name](settings_for(shape, method_name)), layers, shape.budget)
-    assert kept.dtype == torch.int64
-    assert kept.shape == (3, shape.num_kv_heads, shape.budget)
-    assert kept.numel() == 3 * shape.num_kv_heads * shape.budget
-    assert (kept.diff(dim=-1) > 0).all()  # ascending, none twice
-    assert kept.min() >= shape.shared_prefix_len and kept.max() == shape.prompt_len - 1
-    window = torch.arange(shape.prompt_len - shape.window_size, shape.prompt_len)
-    assert (kept[..., -shape.window_size :] == window).all()
+    """Invariant 6: the kept entries of all layers and heads are L * H * b."""
+    prompt = random_prompt(shape, num_layers=num_layers)
+    method = METHODS[method_name](settings_for(shape, method_name))
+    kept = keep(method, prompt, shape.budget)
+    assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
+    window = list(range(shape.prompt_len - shape.window_size, shape.prompt_len))
+    for head in (head for layer in heads_of(kept, prompt) for head in layer):
+        assert head == sorted(set(head))  # ascending, none twice
+        assert head[0] >= shape.shared_prefix_len
+        assert head[-shape.window_size :] == window
+
+
+@pytest.mark.parametrize("name", UNIFORM_METHODS)
+def test_uniform_methods_keep_as_many_everywhere(name: str, shape: Shape) -> None:
+    kept = keep(METHODS[name](settings_for(shape, name)), random_prompt(shape), shape.budget)
+    assert kept.counts.tolist() == [[shape.budget] * shape.num_kv_heads] * NUM_LAYERS
+
+
+def test_adakv_splits_no_budget_between_layers(shape: Shape) -> None:
+    method = METHODS["adakv"](settings_for(shape, "adakv"))
+    kept = keep(method, random_prompt(shape), shape.budget)
+    assert kept.counts.sum(dim=1).tolist() == [shape.num_kv_heads * shape.budget] * NUM_LAYERS
+
+
+def test_pyramidkv_keeps_as_many_in_every_head_of_a_layer_and_fewer_above(shape: Shape) -> None:
+    method = METHODS["pyramidkv"](settings_for(shape, "pyramidkv"))
+    counts = keep(method, random_prompt(shape), shape.budget).counts
+    assert (counts == counts[:, :1]).all() and (counts.diff(dim=0) <= 0).all()
 
 
 def test_every_method_is_deterministic(method_name: str, shape: Shape) -> None:
     method = METHODS[method_name](settings_for(shape, method_name))
-    kept = [select(method, [random_layer(shape)], shape.budget) for _ in range(2)]
-    assert torch.equal(*kept)
+    first, again = (keep(method, random_prompt(shape), shape.budget) for _ in range(2))
+    assert all(torch.equal(*parts) for parts in zip(first, again, strict=True))
 
 
 def test_every_method_scores_what_is_before_the_window(method_name: str, shape: Shape) -> None:
-    scores = METHODS[method_name](settings_for(shape, method_name)).score(random_layer(shape))
+    prompt = random_prompt(shape)
+    scores = METHODS[method_name](settings_for(shape, method_name)).score(prompt)
     scored = shape.prompt_len - shape.shared_prefix_len - shape.window_size
-    assert scores.dtype == torch.float32
-    assert scores.shape == (shape.num_kv_heads, scored)
+    assert scores.dtype == torch.float32 and prompt.scored_len == scored
+    assert scores.shape == (NUM_LAYERS, shape.num_kv_heads, scored)
 
 
 def test_a_smaller_budget_keeps_a_subset(method_name: str) -> None:
     shape = SHAPES[1]
+    prompt = random_prompt(shape)
     method = METHODS[method_name](settings_for(shape, method_name))
-    smaller, larger = (select(method, [random_layer(shape)], budget)[0] for budget in (9, 20))
-    for head in range(shape.num_kv_heads):
-        assert set(smaller[head].tolist()) <= set(larger[head].tolist())
+    smaller, larger = (heads_of(keep(method, prompt, budget), prompt) for budget in (9, 20))
+    for layer in range(NUM_LAYERS):
+        for head in range(shape.num_kv_heads):
+            assert set(smaller[layer][head]) <= set(larger[layer][head])
 
 
 class Equal(Method):
     """Everything ties."""
 
-    def score(self, layer: LayerView) -> torch.Tensor:
-        scored = layer.keys.shape[0] - layer.shared_prefix_len - layer.window_size
-        return torch.zeros(layer.keys.shape[1], scored)
+    def score(self, prompt: PromptView) -> torch.Tensor:
+        return torch.zeros(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
 
 
-def test_ties_go_to_the_lower_token(shape: Shape) -> None:
-    layer = random_layer(shape)
-    (kept,) = select(Equal(settings_for(shape)), [layer], shape.budget)
-    scored = shape.prompt_len - shape.shared_prefix_len - shape.window_size
-    expected = best_tokens([0.0] * scored, layer, shape.budget)
-    assert kept.tolist() == [expected] * shape.num_kv_heads
+class EqualAcrossHeads(Equal):
+    uniform_heads = False
+
+
+class EqualWithFloor(EqualAcrossHeads):
+    head_floor = 0.2
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [(Equal, "snapkv"), (EqualAcrossHeads, "lava"), (EqualWithFloor, "adakv")]
+)
+def test_ties_go_to_the_lower_head_and_token(shape: Shape, method: type[Method], name: str) -> None:
+    prompt = random_prompt(shape)
+    kept = heads_of(keep(method(settings_for(shape)), prompt, shape.budget), prompt)
+    ties = [[[0.0] * prompt.scored_len] * shape.num_kv_heads] * NUM_LAYERS
+    expected = slow_keep(name, ties, [1.0] * NUM_LAYERS, shape.budget - shape.window_size)
+    assert kept == with_window(expected, prompt)
 
 
 def test_the_methods_are_those_of_the_settings() -> None:
-    assert tuple(METHODS) == config_module.UNIFORM_METHODS
+    assert {"none", *METHODS} == set(config_module.METHOD_CHOICES)
+    assert len(config_module.METHOD_CHOICES) == len(METHODS) + 1
 
 
 def test_only_methods_that_read_queries_ask_for_them(method_name: str, shape: Shape) -> None:
     method = METHODS[method_name](settings_for(shape, method_name))
-    blind = random_layer(shape)._replace(queries=None)
+    blind = random_prompt(shape)._replace(queries=None)
     if method.needs_queries:
         with pytest.raises(AssertionError):
             method.score(blind)
     else:
-        assert torch.equal(method.score(blind), method.score(random_layer(shape)))
+        assert torch.equal(method.score(blind), method.score(random_prompt(shape)))
 
 
 def test_a_method_is_frozen(method_name: str) -> None:

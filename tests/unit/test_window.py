@@ -18,12 +18,11 @@ class Layer(NamedTuple):
     """What the capture reads of SGLang's RadixAttention."""
 
     layer_id: int
-    scaling: float = 0.5
     tp_q_head_num: int = HEADS
     qk_head_dim: int = HEAD_DIM
 
 
-LAYERS = [Layer(index, scaling=0.5 + index) for index in range(NUM_LAYERS)]
+LAYERS = [Layer(index) for index in range(NUM_LAYERS)]
 
 
 def queries_of(request: int, start: int, end: int, layer: int) -> torch.Tensor:
@@ -52,10 +51,9 @@ def extend(capture: WindowCapture, *chunks: tuple[int, WindowQueries, int, int, 
 
 def assert_holds(window: WindowQueries, request: int, first: int, prompt_len: int) -> None:
     assert window.complete
-    for layer in LAYERS:
-        expected = window_of(request, first, prompt_len, layer.layer_id)
-        assert torch.equal(window.layer(layer.layer_id), expected)
-        assert window.scaling[layer.layer_id] == layer.scaling
+    expected = [window_of(request, first, prompt_len, layer.layer_id) for layer in LAYERS]
+    queries = window.queries()
+    assert queries.is_contiguous() and torch.equal(queries, torch.stack(expected))
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
@@ -132,8 +130,8 @@ def test_the_stash_keeps_the_models_dtype_and_no_view_of_the_batch() -> None:
     batch = torch.ones(4, HEADS * HEAD_DIM, dtype=torch.bfloat16)
     capture.capture(Layer(0), batch)
     batch.zero_()
-    assert window.layer(0).dtype == torch.bfloat16
-    assert (window.layer(0) == 1).all()
+    assert window.queries()[0].dtype == torch.bfloat16
+    assert (window.queries()[0] == 1).all()
 
 
 @pytest.mark.parametrize("heads_apart", [False, True])
@@ -144,7 +142,7 @@ def test_queries_may_be_a_slice_of_a_fused_projection(heads_apart: bool) -> None
     fused = torch.randn(5, 3 * HEADS * HEAD_DIM)
     queries = fused[:, : HEADS * HEAD_DIM]
     capture.capture(Layer(0), queries.view(5, HEADS, HEAD_DIM) if heads_apart else queries)
-    assert torch.equal(window.layer(0), queries[2:].reshape(3, HEADS, HEAD_DIM))
+    assert torch.equal(window.queries()[0], queries[2:].reshape(3, HEADS, HEAD_DIM))
 
 
 class Backend:
