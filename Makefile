@@ -34,7 +34,7 @@ demo: model
 
 serve: model
 	$(BIN)/lava-sglang serve --model-path $(MODEL_DIR) --port $(PORT) -- \
-	    --kv-compression snapkv --enable-metrics $(ARGS)
+	    --kv-compression lava --enable-metrics $(ARGS)
 
 test: venv
 	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
+from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
 from lava_sglang.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
 from lava_sglang.demo.passages import Prompt, long_prompts, python_topics, text_files
 from lava_sglang.server_process import Server, machine_options
@@ -43,7 +43,10 @@ class ComparisonSettings:
         add("--model-path", required=True, help="folder or Hugging Face model id")
         add("--text-dir", type=Path, help="take the texts from its .txt files (Python's own help)")
         add(
-            "--method", choices=UNIFORM_METHODS, default="snapkv", help="what to keep (%(default)s)"
+            "--method",
+            choices=METHOD_CHOICES[1:],
+            default="lava",
+            help="what to keep (%(default)s)",
         )
         add("--budget", type=float, default=0.125, help="part of the prompt to keep (%(default)s)")
         add("--requests", type=int, default=requests, help="prompts sent at once (%(default)s)")

@@ -30,7 +30,7 @@ Send = Callable[[str, list[int], dict[str, Any], random.Random], str]
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Iterator[Server]:
     with start_server(
-        *("--kv-compression", "snapkv", "--kv-compression-min-tokens", "64"),
+        *("--kv-compression", "lava", "--kv-compression-min-tokens", "64"),
         *("--max-total-tokens", str(POOL), "--chunked-prefill-size", "256"),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": str(RETRACT_EVERY)},
     ) as running:
@@ -132,6 +132,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"budget": 0.5},
     {"budget": 0.1},
     {"budget": 40},
+    {"method": "adakv"},
+    {"method": "pyramidkv"},
+    {"method": "snapkv"},
     {"method": "streamingllm"},
     {"method": "random", "budget": 0.3},
     {"enabled": False},

@@ -3,16 +3,25 @@
 pages of 16 tokens, no overlap scheduling, chunks of 256. The tests run in order."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from lava_sglang.server_process import Server
 from tests.e2e.client import assert_no_leak, generate, generate_all, info
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
-from tests.oracle import Oracle, Prefill, assert_same_tokens, snapkv_keep
+from tests.oracle import (
+    Oracle,
+    Prefill,
+    adakv_keep,
+    assert_same_tokens,
+    lava_keep,
+    pyramidkv_keep,
+    snapkv_keep,
+)
 
 PAGE = 16
 
@@ -20,7 +29,7 @@ PAGE = 16
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Iterator[Server]:
     with start_server(
-        *("--kv-compression", "snapkv", "--kv-compression-min-tokens", "100"),
+        *("--kv-compression", "lava", "--kv-compression-min-tokens", "100"),
         *("--kv-compression-config", '{"scope": "prompt"}'),
         *("--max-total-tokens", "24576", "--chunked-prefill-size", "256"),
         *("--page-size", str(PAGE), "--disable-overlap-schedule"),
@@ -28,18 +37,31 @@ def server(start_server: StartServer) -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("budget", [64, 0.25, 0.5])
+@pytest.mark.parametrize(
+    ("budget", "method", "keep_of"),
+    [
+        (64, "snapkv", snapkv_keep),
+        (0.25, "snapkv", snapkv_keep),
+        (0.5, "snapkv", snapkv_keep),
+        (64, "lava", lava_keep),
+        (0.125, "lava", lava_keep),
+        (0.25, "adakv", adakv_keep),
+        (0.5, "pyramidkv", pyramidkv_keep),
+    ],
+)
 def test_compressed_text_is_the_oracles(
     server: Server,
     oracle: Oracle,
     prompts: list[list[int]],
     prefills: list[Prefill],
     budget: float,
+    method: str,
+    keep_of: Callable[[Prefill, int, int, int], Tensor],
 ) -> None:
     """Invariant 5. The first budget meets a cold tree; for the others the exact prompt is in the
     tree and only the observation window is prefilled, with the same outcome."""
-    cold = budget == 64
-    settings: list[Any] = [{"budget": budget}] * len(prompts)
+    cold = (budget, method) == (64, "snapkv")
+    settings: list[Any] = [{"budget": budget, "method": method}] * len(prompts)
     responses = generate_all(server.url, prompts, MAX_NEW_TOKENS, settings)
     compressed = 0
     for prompt, prefill, response in zip(prompts, prefills, responses, strict=True):
@@ -53,7 +75,7 @@ def test_compressed_text_is_the_oracles(
         assert found["kept_tokens"] == math.ceil(max(wanted, WINDOW + 1) / PAGE) * PAGE
         cached = response["meta_info"]["cached_tokens"]
         assert cached == (0 if cold else (len(prompt) - WINDOW) // PAGE * PAGE)
-        keep = snapkv_keep(prefill, 0, found["kept_tokens"], WINDOW)
+        keep = keep_of(prefill, 0, found["kept_tokens"], WINDOW)
         steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=response["output_ids"])
         for step, gap in assert_same_tokens(steps, response["output_ids"]):
             print(f"{len(prompt)} tokens: step {step} differs, logit gap {gap:.2e}")
@@ -84,7 +106,7 @@ def test_shared_document_is_compressed_for_each(
         assert found["suffix_tokens"] == len(prompt)
         assert response["meta_info"]["cached_tokens"] == len(document) // PAGE * PAGE
         prefill = oracle.prefill(prompt, WINDOW)
-        keep = snapkv_keep(prefill, 0, found["kept_tokens"], WINDOW)
+        keep = lava_keep(prefill, 0, found["kept_tokens"], WINDOW)
         steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=response["output_ids"])
         assert_same_tokens(steps, response["output_ids"])
 

@@ -16,15 +16,32 @@ from lava_sglang.server_process import Server
 from tests.e2e.client import assert_no_leak, generate, generate_all, info, metric, stats
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
-from tests.oracle import Oracle, Prefill, assert_same_tokens, snapkv_keep, streamingllm_keep
+from tests.oracle import (
+    Oracle,
+    Prefill,
+    adakv_keep,
+    assert_same_tokens,
+    lava_keep,
+    pyramidkv_keep,
+    snapkv_keep,
+    streamingllm_keep,
+)
 
 BUDGETS = [0.5, 0.25, 64]
+KEEP = {
+    "lava": lava_keep,
+    "snapkv": snapkv_keep,
+    "adakv": adakv_keep,
+    "pyramidkv": pyramidkv_keep,
+    "streamingllm": streamingllm_keep,
+}
+METHODS = list(KEEP)
 
 
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Iterator[Server]:
     with start_server(
-        *("--kv-compression", "snapkv", "--kv-compression-min-tokens", "100"),
+        *("--kv-compression", "lava", "--kv-compression-min-tokens", "100"),
         *("--max-total-tokens", "24576", "--chunked-prefill-size", "512"),
     ) as running:
         yield running
@@ -37,13 +54,17 @@ def test_compressed_text_is_the_oracles(
     prefills: list[Prefill],
     stock_tokens: list[list[int]],
 ) -> None:
-    """Invariant 5, cold tree: several budgets in one batch, chunked and not."""
+    """Invariant 5, cold tree: several methods and budgets in one batch, chunked and not."""
     budgets = [BUDGETS[i % 3] for i in range(len(prompts))]
-    settings: list[Any] = [{"budget": budget} for budget in budgets]
+    methods = [METHODS[i % 5] for i in range(len(prompts))]
+    settings: list[Any] = [
+        {"budget": budget, "method": method}
+        for budget, method in zip(budgets, methods, strict=True)
+    ]
     responses = generate_all(server.url, prompts, MAX_NEW_TOKENS, settings)
     compressed = 0
-    for prompt, prefill, budget, response in zip(
-        prompts, prefills, budgets, responses, strict=True
+    for prompt, prefill, budget, method, response in zip(
+        prompts, prefills, budgets, methods, responses, strict=True
     ):
         found = info(response)
         if len(prompt) < 100:
@@ -54,7 +75,7 @@ def test_compressed_text_is_the_oracles(
         assert found["status"] == "compressed"
         assert found["kept_tokens"] == expected
         assert found["slots_freed"] == len(prompt) - expected
-        keep = snapkv_keep(prefill, 0, found["kept_tokens"], WINDOW)
+        keep = KEEP[method](prefill, 0, found["kept_tokens"], WINDOW)
         steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=response["output_ids"])
         report(prompt, budget, assert_same_tokens(steps, response["output_ids"]))
         compressed += 1
@@ -95,13 +116,13 @@ def test_budget_of_the_whole_suffix_is_stock(
         assert response["output_ids"] == stock
 
 
-@pytest.mark.parametrize("method", ["snapkv", "streamingllm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_shared_prefix_stays_exact(
     server: Server, oracle: Oracle, tokens: list[int], method: str
 ) -> None:
     """Invariant 5 with a cached prefix: one document, several questions, compressed or not."""
-    start = {"snapkv": 30_000, "streamingllm": 36_000}[method]
-    document, *questions = cut(tokens, [700, 150, 200, 420], start)
+    start = 30_000 + 3_000 * METHODS.index(method)
+    document, *questions = cut(tokens, [500, 150, 200, 420], start)
     first = generate(server.url, document, 1)
     assert info(first)["reason"] == "no_decode"
     prompts = [document + question for question in questions]
@@ -113,8 +134,7 @@ def test_shared_prefix_stays_exact(
         assert found["shared_prefix_tokens"] == len(document)
         assert found["suffix_tokens"] == len(question)
         prefill = oracle.prefill(prompt, WINDOW)
-        keep_of = snapkv_keep if method == "snapkv" else streamingllm_keep
-        keep = keep_of(prefill, len(document), found["kept_tokens"], WINDOW)
+        keep = KEEP[method](prefill, len(document), found["kept_tokens"], WINDOW)
         steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=response["output_ids"])
         report(prompt, found["kept_tokens"], assert_same_tokens(steps, response["output_ids"]))
     # The same again: now the whole prompt is in the tree, and nothing of it is the request's own.
@@ -152,7 +172,7 @@ BAD_REQUESTS = [
         "kv_compression.budget=20: accepts a fraction",
     ),
     ({"budget": "much"}, "kv_compression.budget='much': accepts a fraction"),
-    ({"method": "lava"}, "kv_compression.method='lava': accepts one of snapkv"),
+    ({"method": "lru"}, "kv_compression.method='lru': accepts one of lava, adakv"),
     ({"enabled": 3}, "kv_compression.enabled=3: accepts true or false"),
     ({"bugdet": 0.1}, "kv_compression.bugdet=0.1: unknown field, accepts enabled, method, budget"),
 ]
@@ -194,7 +214,7 @@ def test_operator_sees_the_totals(server: Server, prompts: list[list[int]]) -> N
     assert counted == after["requests"]["compressed"] + sum(skipped.values())
     assert metric(server.url, "sglang:kv_compression_seconds_count") > 0
     info_args = server.server_info()
-    assert info_args["kv_compression"] == "snapkv"
+    assert info_args["kv_compression"] == "lava"
     assert info_args["kv_compression_min_tokens"] == 100
     log = server.log_path.read_text()
     assert "#kv-comp-req: " in log and "kv-comp slots saved: " in log
