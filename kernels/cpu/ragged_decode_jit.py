@@ -17,11 +17,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -32,8 +32,6 @@ PAD = 16  # blocks are padded to a multiple of this
 CHUNK_ENTRIES = 2048  # fewer are not worth another thread
 VALUE_UNROLL = 8
 CACHE_LINE = 64
-
-HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTE_POINTER = ir.IntType(8).as_pointer()
@@ -49,9 +47,23 @@ EXP2 = (
 )
 
 
+@functools.cache
+def _target() -> tuple[str, frozenset[str]]:
+    """Triple and features of the CPU that numba compiles for, which NUMBA_CPU_NAME may set."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, frozenset(features.split(","))
+
+
+def converts_float16() -> bool:
+    """Whether float16 is widened by an instruction; LLVM would call a function numba lacks."""
+    triple, features = _target()
+    return "+f16c" in features or not triple.startswith("x86")
+
+
 def vector_lanes(head_dim: int) -> int:
     """float32 lanes of one vector operation."""
-    return 16 if HAS_AVX512 and head_dim % 16 == 0 else 8
+    has_avx512 = "+avx512f" in _target()[1]
+    return 16 if has_avx512 and head_dim % 16 == 0 else 8
 
 
 def splits_pairs(head_dim: int, is_bfloat16: bool) -> bool:
@@ -83,14 +95,14 @@ class Emit:
         return ir.Constant(self.vector, [value] * self.lanes)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """An LLVM intrinsic on vectors, such as llvm.fma."""
+        """An LLVM intrinsic on vectors, such as llvm.fmuladd."""
         signature = ir.FunctionType(self.vector, [self.vector] * len(arguments))
         name = f"{name}.v{self.lanes}f32"
         function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return self.builder.call(function, list(arguments))
 
     def fma(self, x: Any, y: Any, addend: Any) -> Any:
-        return self.call("llvm.fma", x, y, addend)
+        return self.call("llvm.fmuladd", x, y, addend)
 
     def maximum(self, x: Any, y: Any) -> Any:
         return self.call("llvm.maxnum", x, y)
@@ -393,7 +405,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):  # type: ignore[no-untyped-def]
+def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
     """The item table, request by request, and each request's first item."""
     batch = requests.shape[0]
     first_item = np.zeros(batch + 1, np.int64)
@@ -430,7 +442,7 @@ def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):  # type
 
 
 @_compiled
-def _share_items(items, max_chunks):  # type: ignore[no-untyped-def]
+def _share_items(items, max_chunks):
     """First item of each chunk, so that all chunks hold about as many entries."""
     total = 0
     for item in items:
@@ -449,7 +461,7 @@ def _share_items(items, max_chunks):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def prepare(  # type: ignore[no-untyped-def]
+def prepare(
     query, scale, order, layer, num_heads, requests, seq_lens, budgets, offsets, max_chunks
 ):
     """The work of one call: items, first items of requests and chunks, queries, empty parts.
@@ -476,9 +488,7 @@ def prepare(  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _find_rows(  # type: ignore[no-untyped-def]
-    item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows
-):
+def _find_rows(item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows):
     """rows[i] = arena element where the K row of the item's entry i starts. Pads with the last.
 
     Shared rows start at head 0 of `layer`; a tape place names its own layer and head.
@@ -509,7 +519,7 @@ def _find_rows(  # type: ignore[no-untyped-def]
 def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
     """The compiled loop over items [first, last) for one head shape. Writes their parts."""
 
-    def attend(  # type: ignore[no-untyped-def]
+    def attend(
         first, last, items, query, arena, layer, num_heads, num_slots, req_to_token, requests,
         prefix_lens, budgets, maxima, sums, outputs,
     ):  # fmt: skip
@@ -551,7 +561,7 @@ def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
 
 
 @_compiled
-def merge(items, first_of_request, num_heads, group, order, maxima, sums, outputs, out):  # type: ignore[no-untyped-def]
+def merge(items, first_of_request, num_heads, group, order, maxima, sums, outputs, out):
     """out[r, head, g, order] = softmax over all parts of (r, head), in order of items.
 
     out: float32 [batch, num_qo_heads * D], mutated; zeros where a request has no entry.
