@@ -406,39 +406,54 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled
 def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
-    """The item table, request by request, and each request's first item."""
+    """The item table, request by request, and each request's first item.
+
+    Tape pieces are cut where their slots pass a multiple of ITEM_ENTRIES, and all heads' items on
+    the same slots follow each other: a slot's heads are neighbours in memory.
+    """
     batch = requests.shape[0]
-    first_item = np.zeros(batch + 1, np.int64)
+    first_head = layer * num_heads
+    most = 0  # items: the cuts at column ends come on top
     for r in range(batch):
-        row = requests[r]
-        count = -(-(seq_lens[r] - budgets[row]) // ITEM_ENTRIES)
-        if budgets[row] > 0:
-            for head in range(layer * num_heads, (layer + 1) * num_heads):
-                count += -(-(offsets[row, head + 1] - offsets[row, head]) // ITEM_ENTRIES)
-        first_item[r + 1] = first_item[r] + count
-    items = np.empty((first_item[batch], NUM_COLUMNS), np.int64)
+        row, budget = requests[r], budgets[requests[r]]
+        most += -(-(seq_lens[r] - budget) // ITEM_ENTRIES)
+        if budget > 0:
+            tape = offsets[row, first_head + num_heads] - offsets[row, first_head]
+            most += -(-budget // ITEM_ENTRIES) * (num_heads + tape // budget + 1)
+    items = np.empty((most, NUM_COLUMNS), np.int64)
+    first_item = np.zeros(batch + 1, np.int64)
     item = 0
     part = 0
     for r in range(batch):
-        row = requests[r]
-        for head in range(SHARED, num_heads if budgets[row] > 0 else 0):
-            begin = np.int64(0)
-            end = np.int64(seq_lens[r] - budgets[row])
-            heads = num_heads
-            if head != SHARED:
-                begin = np.int64(offsets[row, layer * num_heads + head])
-                end = np.int64(offsets[row, layer * num_heads + head + 1])
-                heads = 1
-            for start in range(begin, end, ITEM_ENTRIES):
-                items[item, REQUEST] = r
-                items[item, FIRST_HEAD] = head
-                items[item, NUM_HEADS] = heads
-                items[item, BEGIN] = start
-                items[item, END] = min(end, start + ITEM_ENTRIES)
-                items[item, FIRST_PART] = part
-                item += 1
-                part += heads
-    return items, first_item, part
+        row, budget = requests[r], np.int64(budgets[requests[r]])
+        shared = seq_lens[r] - budget
+        for start in range(0, shared, ITEM_ENTRIES):
+            _fill(items[item], r, SHARED, num_heads, start, min(shared, start + ITEM_ENTRIES), part)
+            item += 1
+            part += num_heads
+        for cell in range(0, budget, ITEM_ENTRIES):
+            for head in range(num_heads):
+                begin = np.int64(offsets[row, first_head + head])
+                end = np.int64(offsets[row, first_head + head + 1])
+                for column in range(begin - begin % budget, end, budget):
+                    low = max(begin, column + cell)
+                    high = min(end, column + min(budget, cell + ITEM_ENTRIES))
+                    if low < high:
+                        _fill(items[item], r, head, 1, low, high, part)
+                        item += 1
+                        part += 1
+        first_item[r + 1] = item
+    return items[:item], first_item, part
+
+
+@_compiled
+def _fill(item, request, head, num_heads, begin, end, part):
+    item[REQUEST] = request
+    item[FIRST_HEAD] = head
+    item[NUM_HEADS] = num_heads
+    item[BEGIN] = begin
+    item[END] = end
+    item[FIRST_PART] = part
 
 
 @_compiled
@@ -502,15 +517,10 @@ def _find_rows(item, slots, prefix_len, budget, layer, num_heads, num_slots, hea
                 place += budget
             rows[i] = (2 * layer * num_slots + slots[place]) * row_size
     else:
-        column = item[BEGIN] % budget
-        head = item[BEGIN] // budget
+        head, column = item[BEGIN] // budget, item[BEGIN] % budget
         for i in range(count):
-            base = 2 * (head // num_heads) * num_slots + slots[prefix_len + column]
-            rows[i] = base * row_size + head % num_heads * head_dim
-            column += 1
-            if column == budget:
-                column = 0
-                head += 1
+            slot = 2 * (head // num_heads) * num_slots + slots[prefix_len + column + i]
+            rows[i] = slot * row_size + head % num_heads * head_dim
     for i in range(count, rows.shape[0]):
         rows[i] = rows[count - 1]
 
