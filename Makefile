@@ -10,12 +10,13 @@ ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
 
-.PHONY: help venv model demo serve test lint
+.PHONY: help venv model demo serve test kernels lint
 
 help:
 	@echo 'make demo    serve long prompts with and without compression and compare'
 	@echo 'make serve   start a server with compression and leave it running (PORT=$(PORT))'
 	@echo 'make test    run all tests'
+	@echo 'make kernels compile every Triton kernel for four GPUs, print registers and spills'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make model   write the demo model to MODEL_DIR=$(MODEL_DIR)'
 	@echo 'make venv    make the virtual environment VENV=$(VENV), with SGLang (about 11 GB)'
@@ -38,6 +39,9 @@ serve: model
 
 test: venv
 	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)
+
+kernels: venv
+	$(BIN)/python -m tests.kernels.aot $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check

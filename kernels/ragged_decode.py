@@ -302,8 +302,6 @@ def _attend(
         slot = tl.load(row_ptr + position, mask=live, other=0).to(tl.int64)
         k_offset = entry_offset(column // H, slot, column % H, slots, H, D)
         k = load_entries(arena_ptr, k_offset, live, D, BLOCK_D, E4M3_BITS, q.dtype)
-        v = load_entries(arena_ptr, k_offset + v_plane, live, D, BLOCK_D, E4M3_BITS, q.dtype)
-
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
         logits = tl.where(live[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -311,6 +309,7 @@ def _attend(
         p = tl.exp2(logits - new_top[:, None])
         weight = weight * rescale + tl.sum(p, 1)
         acc = acc * rescale[:, None]
+        v = load_entries(arena_ptr, k_offset + v_plane, live, D, BLOCK_D, E4M3_BITS, q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
         top = new_top
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lava_sglang.config import KVCompressionError
@@ -111,7 +111,7 @@ FEATURES = (
     Feature("cuda_graph_config", _full_prefill_graph, "full CUDA graphs for prefill"),
 )
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "sizing the KV pool after graph capture",
     "SGLANG_RUST_SERVER": "the Rust server",
 }
@@ -124,11 +124,16 @@ def feature_reasons(view: Any) -> list[str]:
         for f in FEATURES
         if f.on(getattr(view, f.field))
     ]
-    for variable, name in _ENVIRONMENT.items():
-        value = os.environ.get(variable, "")
-        if value.lower() not in ("", "0", "false", "no", "n"):
-            reasons.append(f"{name} is not supported ({variable}={value})")
-    return reasons
+    return reasons + environment_reasons(os.environ)
+
+
+def environment_reasons(environ: Mapping[str, str]) -> list[str]:
+    """Variables that switch on what is not supported."""
+    return [
+        f"{name} is not supported ({variable}={environ[variable]})"
+        for variable, name in ENVIRONMENT.items()
+        if environ.get(variable, "").lower() not in ("", "0", "false", "no", "n")
+    ]
 
 
 def scheduler_reasons(scheduler: Any) -> list[str]:

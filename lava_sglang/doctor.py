@@ -128,12 +128,11 @@ def platform() -> Section:
 
 def environment(environ: Mapping[str, str]) -> Section:
     """Variables that switch on what is refused."""
-    checks, reasons = [], []
-    for variable, feature in compat._ENVIRONMENT.items():
-        on = environ.get(variable, "").lower() not in ("", "0", "false")
-        if on:
-            reasons.append(f"{feature} is not supported ({variable}={environ[variable]})")
-        checks.append(Check(variable, "refused" if on else "ok", feature))
+    reasons = compat.environment_reasons(environ)
+    checks = [
+        Check(variable, "refused" if any(variable in r for r in reasons) else "ok", feature)
+        for variable, feature in compat.ENVIRONMENT.items()
+    ]
     return Section("Environment", checks, reasons)
 
 

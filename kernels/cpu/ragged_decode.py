@@ -133,6 +133,11 @@ def _check(
     num_layers, _, _, num_kv_heads, _ = arena.shape
     if arena.dtype not in STORAGE:
         raise ValueError(f"arena.dtype {arena.dtype}: accepted are {[*STORAGE]}")
+    if arena.dtype == torch.float16 and not jit.converts_float16():
+        raise ValueError(
+            "arena.dtype torch.float16: this CPU has no F16C, accepted are torch.bfloat16 and "
+            "torch.float32"
+        )
     if not (arena.is_contiguous() and arena.shape[1] == 2 and arena.shape[4] == head_dim):
         raise ValueError(
             f"arena {tuple(arena.shape)}: accepted is a contiguous [layers, 2, slots, heads, "

@@ -17,11 +17,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -32,8 +32,6 @@ PAD = 16  # blocks are padded to a multiple of this
 CHUNK_ENTRIES = 2048  # fewer are not worth another thread
 VALUE_UNROLL = 8
 CACHE_LINE = 64
-
-HAS_AVX512 = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTE_POINTER = ir.IntType(8).as_pointer()
@@ -49,9 +47,23 @@ EXP2 = (
 )
 
 
+@functools.cache
+def _target() -> tuple[str, frozenset[str]]:
+    """Triple and features of the CPU that numba compiles for, which NUMBA_CPU_NAME may set."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, frozenset(features.split(","))
+
+
+def converts_float16() -> bool:
+    """Whether float16 is widened by an instruction; LLVM would call a function numba lacks."""
+    triple, features = _target()
+    return "+f16c" in features or not triple.startswith("x86")
+
+
 def vector_lanes(head_dim: int) -> int:
     """float32 lanes of one vector operation."""
-    return 16 if HAS_AVX512 and head_dim % 16 == 0 else 8
+    has_avx512 = "+avx512f" in _target()[1]
+    return 16 if has_avx512 and head_dim % 16 == 0 else 8
 
 
 def splits_pairs(head_dim: int, is_bfloat16: bool) -> bool:
@@ -83,14 +95,14 @@ class Emit:
         return ir.Constant(self.vector, [value] * self.lanes)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """An LLVM intrinsic on vectors, such as llvm.fma."""
+        """An LLVM intrinsic on vectors, such as llvm.fmuladd."""
         signature = ir.FunctionType(self.vector, [self.vector] * len(arguments))
         name = f"{name}.v{self.lanes}f32"
         function = cgutils.get_or_insert_function(self.builder.module, signature, name)
         return self.builder.call(function, list(arguments))
 
     def fma(self, x: Any, y: Any, addend: Any) -> Any:
-        return self.call("llvm.fma", x, y, addend)
+        return self.call("llvm.fmuladd", x, y, addend)
 
     def maximum(self, x: Any, y: Any) -> Any:
         return self.call("llvm.maxnum", x, y)
@@ -393,44 +405,59 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):  # type: ignore[no-untyped-def]
-    """The item table, request by request, and each request's first item."""
+def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
+    """The item table, request by request, and each request's first item.
+
+    Tape pieces are cut where their slots pass a multiple of ITEM_ENTRIES, and all heads' items on
+    the same slots follow each other: a slot's heads are neighbours in memory.
+    """
     batch = requests.shape[0]
-    first_item = np.zeros(batch + 1, np.int64)
+    first_head = layer * num_heads
+    most = 0  # items: the cuts at column ends come on top
     for r in range(batch):
-        row = requests[r]
-        count = -(-(seq_lens[r] - budgets[row]) // ITEM_ENTRIES)
-        if budgets[row] > 0:
-            for head in range(layer * num_heads, (layer + 1) * num_heads):
-                count += -(-(offsets[row, head + 1] - offsets[row, head]) // ITEM_ENTRIES)
-        first_item[r + 1] = first_item[r] + count
-    items = np.empty((first_item[batch], NUM_COLUMNS), np.int64)
+        row, budget = requests[r], budgets[requests[r]]
+        most += -(-(seq_lens[r] - budget) // ITEM_ENTRIES)
+        if budget > 0:
+            tape = offsets[row, first_head + num_heads] - offsets[row, first_head]
+            most += -(-budget // ITEM_ENTRIES) * (num_heads + tape // budget + 1)
+    items = np.empty((most, NUM_COLUMNS), np.int64)
+    first_item = np.zeros(batch + 1, np.int64)
     item = 0
     part = 0
     for r in range(batch):
-        row = requests[r]
-        for head in range(SHARED, num_heads if budgets[row] > 0 else 0):
-            begin = np.int64(0)
-            end = np.int64(seq_lens[r] - budgets[row])
-            heads = num_heads
-            if head != SHARED:
-                begin = np.int64(offsets[row, layer * num_heads + head])
-                end = np.int64(offsets[row, layer * num_heads + head + 1])
-                heads = 1
-            for start in range(begin, end, ITEM_ENTRIES):
-                items[item, REQUEST] = r
-                items[item, FIRST_HEAD] = head
-                items[item, NUM_HEADS] = heads
-                items[item, BEGIN] = start
-                items[item, END] = min(end, start + ITEM_ENTRIES)
-                items[item, FIRST_PART] = part
-                item += 1
-                part += heads
-    return items, first_item, part
+        row, budget = requests[r], np.int64(budgets[requests[r]])
+        shared = seq_lens[r] - budget
+        for start in range(0, shared, ITEM_ENTRIES):
+            _fill(items[item], r, SHARED, num_heads, start, min(shared, start + ITEM_ENTRIES), part)
+            item += 1
+            part += num_heads
+        for cell in range(0, budget, ITEM_ENTRIES):
+            for head in range(num_heads):
+                begin = np.int64(offsets[row, first_head + head])
+                end = np.int64(offsets[row, first_head + head + 1])
+                for column in range(begin - begin % budget, end, budget):
+                    low = max(begin, column + cell)
+                    high = min(end, column + min(budget, cell + ITEM_ENTRIES))
+                    if low < high:
+                        _fill(items[item], r, head, 1, low, high, part)
+                        item += 1
+                        part += 1
+        first_item[r + 1] = item
+    return items[:item], first_item, part
 
 
 @_compiled
-def _share_items(items, max_chunks):  # type: ignore[no-untyped-def]
+def _fill(item, request, head, num_heads, begin, end, part):
+    item[REQUEST] = request
+    item[FIRST_HEAD] = head
+    item[NUM_HEADS] = num_heads
+    item[BEGIN] = begin
+    item[END] = end
+    item[FIRST_PART] = part
+
+
+@_compiled
+def _share_items(items, max_chunks):
     """First item of each chunk, so that all chunks hold about as many entries."""
     total = 0
     for item in items:
@@ -449,7 +476,7 @@ def _share_items(items, max_chunks):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def prepare(  # type: ignore[no-untyped-def]
+def prepare(
     query, scale, order, layer, num_heads, requests, seq_lens, budgets, offsets, max_chunks
 ):
     """The work of one call: items, first items of requests and chunks, queries, empty parts.
@@ -476,9 +503,7 @@ def prepare(  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _find_rows(  # type: ignore[no-untyped-def]
-    item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows
-):
+def _find_rows(item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows):
     """rows[i] = arena element where the K row of the item's entry i starts. Pads with the last.
 
     Shared rows start at head 0 of `layer`; a tape place names its own layer and head.
@@ -492,15 +517,10 @@ def _find_rows(  # type: ignore[no-untyped-def]
                 place += budget
             rows[i] = (2 * layer * num_slots + slots[place]) * row_size
     else:
-        column = item[BEGIN] % budget
-        head = item[BEGIN] // budget
+        head, column = item[BEGIN] // budget, item[BEGIN] % budget
         for i in range(count):
-            base = 2 * (head // num_heads) * num_slots + slots[prefix_len + column]
-            rows[i] = base * row_size + head % num_heads * head_dim
-            column += 1
-            if column == budget:
-                column = 0
-                head += 1
+            slot = 2 * (head // num_heads) * num_slots + slots[prefix_len + column + i]
+            rows[i] = slot * row_size + head % num_heads * head_dim
     for i in range(count, rows.shape[0]):
         rows[i] = rows[count - 1]
 
@@ -509,7 +529,7 @@ def _find_rows(  # type: ignore[no-untyped-def]
 def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
     """The compiled loop over items [first, last) for one head shape. Writes their parts."""
 
-    def attend(  # type: ignore[no-untyped-def]
+    def attend(
         first, last, items, query, arena, layer, num_heads, num_slots, req_to_token, requests,
         prefix_lens, budgets, maxima, sums, outputs,
     ):  # fmt: skip
@@ -551,7 +571,7 @@ def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
 
 
 @_compiled
-def merge(items, first_of_request, num_heads, group, order, maxima, sums, outputs, out):  # type: ignore[no-untyped-def]
+def merge(items, first_of_request, num_heads, group, order, maxima, sums, outputs, out):
     """out[r, head, g, order] = softmax over all parts of (r, head), in order of items.
 
     out: float32 [batch, num_qo_heads * D], mutated; zeros where a request has no entry.

@@ -28,7 +28,8 @@ class LavaPrefillAdder(PrefillAdder):
         if extend_input_len is not None and req.prefix_len + extend_input_len < total:
             return stock
         max_new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
-        if not req.sampling_params.ignore_eos:  # SGLang may plan all of a fixed-length output
+        if not (req.sampling_params.ignore_eos and self.tree_cache.disable):
+            # SGLang plans all of a fixed-length output where there is no tree.
             max_new = min(max_new, CLIP_MAX_NEW_TOKENS)
         copy = req.copy_slots()
         alone = self.ceil_paged_tokens(total) + max_new + self.per_req_token_overhead + stock

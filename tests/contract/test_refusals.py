@@ -104,7 +104,7 @@ def test_all_features_are_refused_at_once() -> None:
     assert len(compat.feature_reasons(view_with(**ON))) == len(compat.FEATURES)
 
 
-@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
 def test_the_environment_is_refused_by_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
     (reason,) = compat.feature_reasons(view_with())
@@ -112,7 +112,7 @@ def test_the_environment_is_refused_by_name(variable: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("value", ["0", "false", "False", "no", "n"])
-@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
 def test_a_variable_that_sglang_reads_as_off_is_not_refused(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_variable_that_sglang_reads_as_off_is_not_refused(
     assert compat.feature_reasons(view_with()) == []
 
 
-@pytest.mark.parametrize("variable", compat._ENVIRONMENT)
+@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
 def test_the_variables_are_sglangs(variable: str) -> None:
     assert hasattr(envs, variable)
 

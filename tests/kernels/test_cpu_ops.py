@@ -183,7 +183,7 @@ def test_equal_budgets_read_the_stock_layout() -> None:
 
 @pytest.mark.parametrize("tail", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 513])
 def test_lengths_around_the_block_sizes(tail: int) -> None:
-    tape = Tape(1, 2, 3, 64, FP32, rows=4)
+    tape = Tape(1, 2, 3, 64, FP32, max_context=1100, rows=4)
     tape.check([tape.add(tail), tape.add_compressed(5, [tail, tail], tail)], 0)
 
 

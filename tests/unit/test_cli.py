@@ -23,7 +23,7 @@ from lava_sglang.server_process import ServerError
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where nothing is refused, without importing SGLang."""
-    for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM", *compat._ENVIRONMENT):
+    for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM", *compat.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     monkeypatch.setattr(compat, "version_reasons", list)

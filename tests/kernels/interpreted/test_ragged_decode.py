@@ -100,7 +100,9 @@ def test_output_and_strided_queries() -> None:
 
 @pytest.mark.parametrize("by_bits", [False, True])
 @pytest.mark.parametrize("stored_as_bytes", [False, True])
-@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "kv_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2]
+)
 def test_fp8(
     kv_dtype: torch.dtype, stored_as_bytes: bool, by_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
