@@ -159,7 +159,7 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
         reasons.append("encoder-decoder models are not supported")
     backend = runner.attn_backend
     prefill = getattr(backend, "prefill_backend", backend)
-    if not type(prefill).__name__.startswith("Lava"):
+    if not getattr(prefill, "captures_queries", False):
         reasons.append(f"attention backend {type(prefill).__name__} does not hand over its queries")
     decode = getattr(backend, "decode_backend", backend)
     if scheduler.kv_compression_config.ragged and not hasattr(decode, "tape"):

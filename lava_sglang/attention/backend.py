@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowCapture
@@ -18,7 +19,13 @@ def register_backends() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     register_attention_backend(DECODE_BACKEND)(LavaAttnBackend)
-    register_attention_backend("torch_native")(LavaCpuAttnBackend)
+    register_attention_backend("torch_native")(torch_native)
+
+
+def torch_native(runner: Any) -> Any:
+    """SGLang's own on a GPU, ours on a CPU."""
+    backend = LavaCpuAttnBackend if runner.device == "cpu" else TorchNativeAttnBackend
+    return backend(runner)
 
 
 def capture_queries(backend: Any, capture: WindowCapture) -> Any:
@@ -42,7 +49,8 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
             capture.capture(layer, q)
         return output
 
-    backend.__class__ = type(f"Lava{base.__name__}", (base,), {"forward_extend": forward_extend})
+    members = {"forward_extend": forward_extend, "captures_queries": True}
+    backend.__class__ = type(f"Lava{base.__name__}", (base,), members)
     return backend
 
 

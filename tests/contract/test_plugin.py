@@ -10,6 +10,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 from sglang.srt.platforms.interface import SRTPlatform
@@ -140,7 +141,11 @@ def test_a_backend_that_decodes_from_the_tape_is_given_it(scheduler: Any) -> Non
 
 def test_our_backends_are_registered_by_name(scheduler: Any) -> None:
     assert attention_registry.ATTENTION_BACKENDS["lava"] is LavaAttnBackend
-    assert attention_registry.ATTENTION_BACKENDS["torch_native"] is LavaCpuAttnBackend
+    made = {"cpu": LavaCpuAttnBackend, "cuda": TorchNativeAttnBackend}
+    for device, backend in made.items():
+        runner = SimpleNamespace(device=device, req_to_token_pool=None, token_to_kv_pool=None)
+        found = attention_registry.ATTENTION_BACKENDS["torch_native"](runner)
+        assert type(found) is backend
 
 
 def test_plain_attention_gets_the_arena_pool_and_other_kinds_theirs(scheduler: Any) -> None:

@@ -20,7 +20,9 @@ from torch import nn
 
 from lava_sglang import compat, hooks, plugin
 from lava_sglang.args import LavaServerArgs
+from lava_sglang.attention.backend import capture_queries
 from lava_sglang.attention.ragged import LavaCpuAttnBackend
+from lava_sglang.attention.window import WindowCapture
 from lava_sglang.config import (
     RAGGED_METHODS,
     UNIFORM_METHODS,
@@ -204,7 +206,9 @@ def test_a_model_without_sglangs_attention_is_refused() -> None:
 
 
 class LavaTorchNativeAttnBackend:
-    """A backend by the name that `capture_queries` gives it."""
+    """A backend that `capture_queries` was given."""
+
+    captures_queries = True
 
 
 class TorchNativeAttnBackend:
@@ -316,6 +320,9 @@ def test_a_backend_that_decodes_from_the_tape_serves_every_method(
     runtime_context: None, method: str
 ) -> None:
     alone = LavaCpuAttnBackend.__new__(LavaCpuAttnBackend)
+    (unhooked,) = compat.scheduler_reasons(scheduler_with(method=method, attn_backend=alone))
+    assert "LavaCpuAttnBackend does not hand over its queries" in unhooked
+    capture_queries(alone, WindowCapture())
     hybrid = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=alone)
     for backend in (alone, hybrid):
         scheduler = scheduler_with(method=method, attn_backend=backend)
