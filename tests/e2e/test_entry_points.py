@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways in besides `python -m sglang.launch_server`: `sglang serve` with a configuration file,
+the OpenAI routes, the frontend language, and `sgl.Engine`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lava_sglang.server_process import Server
+from tests.e2e.client import generate, info
+from tests.e2e.prompts import cut
+
+SGLANG = Path(sys.executable).with_name("sglang")
+CPU = {"device": "cpu", "dtype": "float32", "max-total-tokens": 4096, "sleep-on-idle": True}
+
+ENGINE = """
+import json, sys
+import sglang as sgl
+
+def main():
+    engine = sgl.Engine(
+        model_path=sys.argv[1], device="cpu", dtype="float32", max_total_tokens=4096,
+        kv_compression="lava", kv_compression_budget=0.5, kv_compression_min_tokens=100,
+    )
+    params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    off = {**params, "custom_params": {"kv_compression": {"enabled": False}}}
+    prompt = json.loads(sys.argv[2])
+    found = [engine.generate(input_ids=prompt, sampling_params=p) for p in (params, off)]
+    print("FOUND", json.dumps([f["meta_info"]["kv_compression"] for f in found]))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    config = {
+        **CPU,
+        "kv-compression": "adakv",
+        "kv-compression-min-tokens": 100,
+        "kv-compression-config": {"window_size": 16, "scope": "prompt"},
+    }
+    path = tmp_path_factory.mktemp("config") / "server.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    # `sglang serve` wants the model on the command line.
+    arguments = ["--model-path", str(model_dir), "--config", str(path)]
+    with Server(arguments, command=(str(SGLANG), "serve")) as running:
+        yield running
+
+
+def test_sglang_serve_with_a_configuration_file(server: Server, tokens: list[int]) -> None:
+    (prompt,) = cut(tokens, [200], 90_000)
+    found = info(generate(server.url, prompt, 4))
+    assert (found["method"], found["status"], found["kept_tokens"]) == ("adakv", "compressed", 50)
+    args = server.server_info()
+    assert args["kv_compression"] == "adakv"
+    assert args["kv_compression_config"] == {"window_size": 16, "scope": "prompt"}
+
+
+def test_the_openai_routes_take_settings(server: Server, tokens: list[int], oracle: Any) -> None:
+    text = oracle.tokenizer.decode(tokens[91_000:91_200])
+    body = {
+        "model": "demo",
+        "max_tokens": 4,
+        "custom_params": {"kv_compression": {"budget": 40}},
+    }
+    chat = {**body, "messages": [{"role": "user", "content": text}], "return_meta_info": True}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=120).json()
+    assert response["choices"][0]["meta_info"]["kv_compression"]["kept_tokens"] == 40
+    before = total(server, "compressed")
+    completion = httpx.post(
+        f"{server.url}/v1/completions", json={**body, "prompt": text}, timeout=120
+    )
+    assert completion.status_code == 200
+    assert total(server, "compressed") == before + 1
+
+
+def total(server: Server, outcome: str) -> int:
+    stats = server.server_info()["internal_states"][0]["kv_compression_stats"]
+    return int(stats["requests"][outcome])
+
+
+def test_the_frontend_language_takes_settings(
+    server: Server, tokens: list[int], oracle: Any
+) -> None:
+    import sglang as sgl
+
+    from lava_sglang.frontend import LavaRuntimeEndpoint
+
+    text = oracle.tokenizer.decode(tokens[92_000:92_300])
+
+    @sgl.function
+    def program(s: Any, text: str) -> None:
+        s += text
+        s += sgl.gen("answer", max_tokens=6, temperature=0)
+
+    found = []
+    for settings in ({"enabled": False}, {"budget": 0.2}):
+        backend = LavaRuntimeEndpoint(server.url, kv_compression=settings)
+        state = program.run(text=text, backend=backend)
+        found.append(state.get_meta_info("answer")["kv_compression"]["status"])
+    assert found == ["skipped", "compressed"]
+
+
+def test_the_engine_takes_settings(model_dir: Path, tokens: list[int], tmp_path: Path) -> None:
+    (prompt,) = cut(tokens, [300], 93_000)
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    command = [sys.executable, str(script), str(model_dir), json.dumps(prompt)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == 1, result.stdout[-2000:] + result.stderr[-4000:]
+    on, off = json.loads(lines[0].removeprefix("FOUND "))
+    assert (on["method"], on["status"], on["kept_tokens"]) == ("lava", "compressed", 150)
+    assert (off["status"], off["reason"]) == ("skipped", "disabled")
