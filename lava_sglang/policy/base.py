@@ -12,6 +12,7 @@ import torch
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.layer_split import layer_split, uniform_weights
 from lava_sglang.kernels.select import Selection, select
+from lava_sglang.kernels.window_scores import window_scores
 
 
 class PromptView(NamedTuple):
@@ -59,6 +60,23 @@ class Method(ABC):
 
         Returns float32 [num_layers, num_kv_heads, scored_len]; higher is kept first.
         """
+
+    def window_score(
+        self, prompt: PromptView, *, group_reduce: str, value_norm: bool
+    ) -> torch.Tensor:
+        """A score from the window's attention (`kernels/window_scores.py`), for `score`."""
+        assert prompt.queries is not None and prompt.scaling is not None
+        return window_scores(
+            prompt.queries,
+            prompt.arena,
+            prompt.slots,
+            prompt.shared_prefix_len,
+            prompt.window_size,
+            prompt.scaling,
+            pool_width=self.config.pool_width,
+            group_reduce=group_reduce,
+            value_norm=value_norm,
+        )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
         """Each layer's claim on the budget, float32 [num_layers] in [0, 1]. Equal by default."""

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 
 from lava_sglang.kernels.layer_split import layer_entropy
-from lava_sglang.kernels.window_scores import window_scores
 from lava_sglang.policy.base import Method, PromptView
 
 
@@ -26,18 +25,7 @@ class LAVa(Method):
     uniform_heads: ClassVar[bool] = False
 
     def score(self, prompt: PromptView) -> torch.Tensor:
-        assert prompt.queries is not None and prompt.scaling is not None
-        return window_scores(
-            prompt.queries,
-            prompt.arena,
-            prompt.slots,
-            prompt.shared_prefix_len,
-            prompt.window_size,
-            prompt.scaling,
-            pool_width=self.config.pool_width,
-            group_reduce="max",
-            value_norm=True,
-        )
+        return self.window_score(prompt, group_reduce="max", value_norm=True)
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
         return layer_entropy(scores)

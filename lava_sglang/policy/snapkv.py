@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 
-from lava_sglang.kernels.window_scores import window_scores
 from lava_sglang.policy.base import Method, PromptView
 
 
@@ -23,15 +22,4 @@ class SnapKV(Method):
     needs_queries: ClassVar[bool] = True
 
     def score(self, prompt: PromptView) -> torch.Tensor:
-        assert prompt.queries is not None and prompt.scaling is not None
-        return window_scores(
-            prompt.queries,
-            prompt.arena,
-            prompt.slots,
-            prompt.shared_prefix_len,
-            prompt.window_size,
-            prompt.scaling,
-            pool_width=self.config.pool_width,
-            group_reduce="mean",
-            value_norm=False,
-        )
+        return self.window_score(prompt, group_reduce="mean", value_norm=False)
