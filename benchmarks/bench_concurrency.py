@@ -7,12 +7,12 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import commit, cpu_model
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,8 +27,6 @@ from lava_sglang.demo.comparison import (
 from lava_sglang.demo.load import ConcurrencyResult
 from lava_sglang.demo.screen import live
 from lava_sglang.server_process import Server
-
-PROJECT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,8 +81,8 @@ def machine_line() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = " ".join(f"{name} {version(name)}" for name in ("lava-sglang", "sglang", "torch"))
     return (
-        f"{_cpu_model()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()} "
-        f"{packages}; commit {_commit()}"
+        f"{cpu_model()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()} "
+        f"{packages}; commit {commit()}"
     )
 
 
@@ -120,19 +118,6 @@ def _run_as_json(result: ConcurrencyResult) -> dict[str, Any]:
             for response in result.responses
         ],
     }
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

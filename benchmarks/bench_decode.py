@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import numpy as np
 import torch
+from machine import commit, cpu_model
 from numba import njit
 from rich.console import Console
 from rich.progress import track
@@ -35,7 +35,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 
-PROJECT = Path(__file__).resolve().parents[1]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAVA, NATIVE, PLAIN = "lava", "torch_native", "plain read"
 COLORS = {LAVA: "C0", NATIVE: "C3", PLAIN: "C2"}
@@ -229,9 +228,9 @@ def plot(results: Sequence[tuple[Shape, dict[str, Timing]]], machine: str, path:
 def machine_line() -> str:
     """CPU model, cores, threads, load, versions and commit: what a number belongs to."""
     return (
-        f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
         f"load {os.getloadavg()[0]:.1f}; Python {platform.python_version()} "
-        f"torch {torch.__version__}; commit {_commit()}"
+        f"torch {torch.__version__}; commit {commit()}"
     )
 
 
@@ -363,19 +362,6 @@ def _as_json(results: Sequence[tuple[Shape, dict[str, Timing]]]) -> list[dict[st
         }
         for shape, timings in results
     ]
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
