@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
@@ -72,6 +73,8 @@ class LavaScheduler(Scheduler):
         output = super().get_internal_state(recv_req)
         allocator = self.token_to_kv_pool_allocator
         output.internal_state["kv_compression_stats"] = {
+            # SGLang lists its data-parallel replicas in the order in which they answer.
+            "dp_rank": get_parallel().dp_rank or 0,
             **self.kv_compression.stats.snapshot(self.running_batch.reqs),
             "pool_slots": allocator.size,
             "free_slots": allocator.available_size(),

@@ -172,5 +172,6 @@ def test_server_info_carries_the_totals(scheduler: Any, monkeypatch: pytest.Monk
     assert scheduler.get_internal_state("recv_req") is reply
     assert reply.internal_state["stock"] == 1
     stats = reply.internal_state["kv_compression_stats"]
+    assert stats["dp_rank"] == 0
     assert stats["running_compressed_requests"] == 1 and stats["running_slots_saved"] == 300
     assert (stats["pool_slots"], stats["free_slots"], stats["evictable_slots"]) == (100, 20, 7)
