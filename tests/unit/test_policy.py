@@ -3,21 +3,25 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lava_sglang import config as config_module
-from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
+from lava_sglang.config import POOLED_HEAD_METHODS, UNIFORM_METHODS, KVCompressionConfig
 from lava_sglang.kernels.select import Selection
 from lava_sglang.policy import METHODS, Method, PromptView, keep
 
 HEAD_DIM = 8
 SCALING = HEAD_DIM**-0.5
 NUM_LAYERS = 3
+NUM_SHAPES = 1000
 
 
 class Shape(NamedTuple):
@@ -42,22 +46,75 @@ SHAPES = [
 ]
 
 
-def settings_for(shape: Shape, method: str = "snapkv", seed: int = 0) -> KVCompressionConfig:
-    return KVCompressionConfig(
-        method=method, window_size=shape.window_size, pool_width=shape.pool_width, seed=seed
+@st.composite
+def small_shapes(draw: st.DrawFn) -> Shape:
+    """Every corner that the scheduler can send: at least one scored token, one kept of a head."""
+    window_size = draw(st.integers(1, 5))
+    shared_prefix_len = draw(st.integers(0, 5))
+    scored_len = draw(st.integers(1, 12))
+    return Shape(
+        prompt_len=shared_prefix_len + scored_len + window_size,
+        shared_prefix_len=shared_prefix_len,
+        window_size=window_size,
+        num_queries=draw(st.integers(1, window_size)),
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 2)),
+        pool_width=draw(st.sampled_from([1, 3, 7])),
+        budget=window_size + draw(st.integers(1, scored_len)),
     )
 
 
-def random_prompt(shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS) -> PromptView:
-    """Entries in slots of any order; layers differ in how sharply they attend."""
+class Options(NamedTuple):
+    """Settings that replace a method's own rules."""
+
+    uniform_layers: bool = False
+    uniform_heads: bool = False
+    head_floor: float | None = None
+
+
+NO_OPTIONS = Options()
+OPTIONS = st.builds(
+    Options,
+    uniform_layers=st.booleans(),
+    uniform_heads=st.booleans(),
+    head_floor=st.none() | st.sampled_from([0.0, 0.2, 0.29, 0.5, 0.999, 1.0]),
+)
+
+
+def settings_for(
+    shape: Shape, method: str = "snapkv", seed: int = 0, options: Options = NO_OPTIONS
+) -> KVCompressionConfig:
+    """A head floor is left out where it is refused."""
+    competing = method in POOLED_HEAD_METHODS and not options.uniform_heads
+    return KVCompressionConfig(
+        method=method,
+        window_size=shape.window_size,
+        pool_width=shape.pool_width,
+        seed=seed,
+        uniform_layers=options.uniform_layers,
+        uniform_heads=options.uniform_heads,
+        head_floor=options.head_floor if competing else None,
+    )
+
+
+def random_prompt(
+    shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS, distinct: int | None = None
+) -> PromptView:
+    """Entries in slots of any order; layers differ in how sharply they attend.
+
+    distinct: so many tokens, over and over: their scores tie.
+    """
     generator = torch.Generator().manual_seed(seed)
     heads = shape.num_kv_heads * shape.group
     num_slots = shape.prompt_len + 5
+    slots = torch.randperm(num_slots, generator=generator)[: shape.prompt_len]
+    if distinct is not None:
+        slots = slots[torch.arange(shape.prompt_len) % distinct]
     return PromptView(
         arena=torch.randn(
             num_layers, 2, num_slots, shape.num_kv_heads, HEAD_DIM, generator=generator
         ),
-        slots=torch.randperm(num_slots, generator=generator)[: shape.prompt_len],
+        slots=slots,
         queries=torch.randn(num_layers, shape.num_queries, heads, HEAD_DIM, generator=generator),
         scaling=SCALING * torch.arange(1, num_layers + 1),
         shared_prefix_len=shape.shared_prefix_len,
@@ -65,14 +122,18 @@ def random_prompt(shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS) -> 
     )
 
 
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
 def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
     """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
     assert prompt.queries is not None and prompt.scaling is not None
-    queries = prompt.queries[layer].double()
-    keys = prompt.arena[layer, 0, prompt.slots].double()
+    num_queries, num_qo_heads, _ = prompt.queries[layer].shape
+    prompt_len, num_kv_heads = len(prompt.slots), prompt.num_kv_heads
+    queries = prompt.queries[layer].tolist()
+    keys = prompt.arena[layer, 0, prompt.slots].tolist()
     scaling = float(prompt.scaling[layer])
-    num_queries, num_qo_heads, _ = queries.shape
-    prompt_len, num_kv_heads, _ = keys.shape
     group = num_qo_heads // num_kv_heads
     first, last = prompt.shared_prefix_len, prompt_len - prompt.window_size
     half = pool_width // 2
@@ -84,11 +145,12 @@ def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[li
             for place in range(num_queries):
                 seen = prompt_len - num_queries + place + 1
                 weights = [
-                    math.exp(float(queries[place, query_head] @ keys[t, kv_head]) * scaling)
+                    math.exp(scaling * dot(queries[place][query_head], keys[t][kv_head]))
                     for t in range(seen)
                 ]
+                total = sum(weights)
                 for token, weight in enumerate(weights):
-                    mean[token] += weight / sum(weights) / num_queries
+                    mean[token] += weight / total / num_queries
             pooled_heads.append(
                 [
                     max(mean[max(first, t - half) : min(last, t + half + 1)])
@@ -118,11 +180,11 @@ def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
     scores = []
     last = len(prompt.slots) - prompt.window_size
     for layer in range(prompt.num_layers):
-        values = prompt.arena[layer, 1, prompt.slots].double()
+        values = prompt.arena[layer, 1, prompt.slots].tolist()
         heads = []
         for head, query_heads in enumerate(pooled_attention(prompt, layer, pool_width)):
             norm = max(
-                sum(abs(number) for number in values[token, head].tolist())
+                sum(abs(number) for number in values[token][head])
                 for token in range(prompt.shared_prefix_len, last)
             )
             heads.append([max(column) * norm for column in zip(*query_heads, strict=True)])
@@ -145,6 +207,18 @@ def entropy(scores: list[list[float]]) -> float:
     if len(shares) == 1:
         return 0.0
     return -sum(share * math.log(share) for share in shares if share) / math.log(len(shares))
+
+
+def slow_weights(name: str, scores: Scores) -> list[float]:
+    """Each layer's claim on the budget: its entropy, or a line to a twentieth of the mean."""
+    num_layers = len(scores)
+    if name == "lava":
+        return [entropy(layer) for layer in scores]
+    if name == "pyramidkv" and num_layers > 1:
+        first, last = 2 - 1 / 20, 1 / 20  # of the mean
+        step = (last - first) / (num_layers - 1)
+        return [(first + step * layer) / first for layer in range(num_layers)]
+    return [1.0] * num_layers
 
 
 def divide(weights: list[float], total: int, most: int) -> list[int]:
@@ -178,14 +252,28 @@ def best_entries(scores: list[list[float]], count: int, floor: int) -> list[list
     return [sorted(tokens) for tokens in kept]
 
 
-def slow_keep(name: str, scores: Scores, weights: list[float], mean: int) -> list[list[list[int]]]:
+OWN_FLOORS = {"lava": Fraction(0), "adakv": Fraction(1, 5)}
+"""Of the methods in which heads compete: the share of its layer's mean that a head is sure of."""
+
+
+def slow_keep(
+    name: str,
+    scores: Scores,
+    weights: list[float],
+    mean: int,
+    options: Options = NO_OPTIONS,
+) -> list[list[list[int]]]:
     """Scored tokens that each method keeps, by its definition: [num_layers][num_kv_heads][kept]."""
     num_kv_heads, scored_len = len(scores[0]), len(scores[0][0])
-    if name in ("lava", "adakv"):
+    if options.uniform_layers:
+        weights = [1.0] * len(scores)
+    if name in OWN_FLOORS and not options.uniform_heads:
         most = num_kv_heads * scored_len
         counts = divide(weights, len(scores) * num_kv_heads * mean, most)
-        floor = mean // 5 if name == "adakv" else 0
-        return [best_entries(*layer, floor) for layer in zip(scores, counts, strict=True)]
+        given_share = options.head_floor
+        share = OWN_FLOORS[name] if given_share is None else Fraction(str(given_share))
+        floors = [math.floor(share * count / num_kv_heads) for count in counts]
+        return [best_entries(*layer) for layer in zip(scores, counts, floors, strict=True)]
     counts = divide(weights, len(scores) * mean, scored_len)
     return [
         [best_entries([head], count, 0)[0] for head in layer]
@@ -213,6 +301,15 @@ def with_window(scored: list[list[list[int]]], prompt: PromptView) -> list[list[
         [[prompt.shared_prefix_len + token for token in head] + window for head in layer]
         for layer in scored
     ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny ops: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -258,15 +355,39 @@ def test_other_methods_weigh_layers_alike(name: str) -> None:
     assert weights.tolist() == [1.0] * 4
 
 
-def test_every_method_keeps_what_a_slow_loop_keeps(method_name: str, shape: Shape) -> None:
-    prompt = random_prompt(shape)
-    method = METHODS[method_name](settings_for(shape, method_name))
-    scores = method.score(prompt)
-    weights = method.layer_weights(scores).tolist()
+@settings(max_examples=NUM_SHAPES, deadline=None, derandomize=True)
+@given(
+    shape=small_shapes(),
+    options=OPTIONS,
+    num_layers=st.integers(1, 3),
+    distinct=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_method_keeps_what_slow_loops_keep(
+    shape: Shape, options: Options, num_layers: int, distinct: int | None, seed: int
+) -> None:
+    """Step by step, each from the step before as it was rounded: scores and layer weights to
+    float32's rounding, then the kept entries exactly, ties included."""
+    prompt = random_prompt(shape, seed, num_layers, distinct)
+    by_definition = {
+        definition: torch.tensor(definition(prompt, shape.pool_width), dtype=torch.float64)
+        for definition in (snapkv_scores, lava_scores)
+    }
     mean = shape.budget - shape.window_size
-    expected = slow_keep(method_name, scores.tolist(), weights, mean)
-    kept = heads_of(keep(method, prompt, shape.budget), prompt)
-    assert kept == with_window(expected, prompt)
+    for name in METHODS:
+        method = METHODS[name](settings_for(shape, name, seed, options))
+        scores = method.score(prompt)
+        if name in DEFINITIONS:
+            expected_scores = by_definition[DEFINITIONS[name]]
+            torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-5, atol=1e-7)
+        weights = method.layer_weights(scores).tolist()
+        assert weights == pytest.approx(slow_weights(name, scores.tolist()), rel=1e-5, abs=1e-6)
+        kept = keep(method, prompt, shape.budget)
+        expected = slow_keep(name, scores.tolist(), weights, mean, options)
+        assert heads_of(kept, prompt) == with_window(expected, prompt), name
+        assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
+        again = keep(method, prompt, shape.budget)
+        assert all(torch.equal(*parts) for parts in zip(kept, again, strict=True)), name
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -277,11 +398,7 @@ def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None
     kept = heads_of(keep(method, prompt, shape.budget), prompt)
     scores = DEFINITIONS[name](prompt, shape.pool_width)
     mean = shape.budget - shape.window_size
-    weights = {
-        "lava": [entropy(layer) for layer in scores],
-        "pyramidkv": method.layer_weights(torch.tensor(scores)).tolist(),
-    }.get(name, [1.0] * len(scores))
-    best = with_window(slow_keep(name, scores, weights, mean), prompt)
+    best = with_window(slow_keep(name, scores, slow_weights(name, scores), mean), prompt)
     for layer, (chosen, expected) in enumerate(zip(kept, best, strict=True)):
         assert layer_value(scores[layer], chosen, prompt) == pytest.approx(
             layer_value(scores[layer], expected, prompt), rel=1e-5
