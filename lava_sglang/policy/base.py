@@ -87,6 +87,13 @@ class Method(ABC):
         return uniform_weights(scores.shape[0], scores.device)
 
 
+def split_weights(method: Method, scores: torch.Tensor) -> torch.Tensor:
+    """Each layer's claim on the budget as `keep` uses it, float32 [num_layers] in [0, 1]."""
+    if method.config.uniform_layers:
+        return uniform_weights(scores.shape[0], scores.device)
+    return method.layer_weights(scores)
+
+
 def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     """What each head keeps: the window, and the best of L * H * (b - w) scored entries.
 
@@ -96,13 +103,9 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     """
     scores = method.score(prompt).contiguous()
     num_layers, num_kv_heads, scored_len = scores.shape
-    config = method.config
-    if config.uniform_layers:
-        weights = uniform_weights(num_layers, scores.device)
-    else:
-        weights = method.layer_weights(scores)
+    weights = split_weights(method, scores)
     mean = budget - prompt.window_size
-    if method.uniform_heads or config.uniform_heads:
+    if method.uniform_heads or method.config.uniform_heads:
         # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
         per_head = layer_split(weights, num_layers * mean, scored_len)
         counts = per_head.repeat_interleave(num_kv_heads)
@@ -111,7 +114,8 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     else:
         cap = num_kv_heads * scored_len
         counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
-        share = method.head_floor if config.head_floor is None else config.head_floor
+        given = method.config.head_floor
+        share = method.head_floor if given is None else given
         units = round(share * HEAD_FLOOR_UNITS)
         floor = counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
     kept = select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
