@@ -9,6 +9,7 @@ which imports this module: keep it light.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
@@ -17,12 +18,14 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.server_args import ServerArgs
 
 from lava_sglang.config import (
-    DECODE_BACKEND,
+    DECODE_BACKENDS,
     METHOD_CHOICES,
     RAGGED_METHODS,
     KVCompressionConfig,
     KVCompressionError,
 )
+
+logger = logging.getLogger(__name__)
 
 _DEFAULTS = KVCompressionConfig()
 
@@ -54,7 +57,8 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     kv_compression_config: A[
         dict[str, Any] | None,
         Arg(
-            help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, seed. "
+            help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, seed, "
+            "decode_kernel. "
             'Example: \'{"window_size": 32, "scope": "prompt"}\'',
             type_parser=json.loads,
         ),
@@ -126,14 +130,17 @@ def validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
     view = resolving_view(server_args)
     reasons: list[str] = []
+    config = None
     try:
-        enabled = config_of(view).enabled
+        config = config_of(view)
     except KVCompressionError as error:
-        enabled, reasons = True, error.reasons
-    if enabled:
+        reasons = error.reasons
+    if config is None or config.enabled:
         from lava_sglang import compat
 
         reasons = reasons + compat.version_reasons() + compat.feature_reasons(view)
+        if config is not None and config.decode_kernel == "flashinfer":
+            reasons += compat.flashinfer_reasons(config, view.device)
     if reasons:
         raise KVCompressionError(reasons, heading="KV compression cannot start")
 
@@ -146,5 +153,26 @@ def choose_decode_backend(server_args: Any, previous: Any) -> None:
     """
     previous(server_args)
     view = resolving_view(server_args)
-    if view.kv_compression in RAGGED_METHODS and view.device != "cpu":
-        declare_resolution(server_args, "lava_sglang", decode_attention_backend=DECODE_BACKEND)
+    if view.kv_compression not in RAGGED_METHODS or view.device == "cpu":
+        return
+    try:
+        kernel = config_of(view).decode_kernel
+    except KVCompressionError:
+        return  # `validate` tells
+    declare_resolution(
+        server_args, "lava_sglang", decode_attention_backend=DECODE_BACKENDS[kernel]
+    )
+    if kernel == "flashinfer":
+        _disable_decode_graph(server_args, view)
+
+
+def _disable_decode_graph(server_args: Any, view: Any) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    if view.cuda_graph_config.decode.backend == Backend.DISABLED:
+        return
+    logger.warning(
+        "The CUDA graph of decode is disabled because decode_kernel='flashinfer' plans on the host"
+    )
+    disabled = with_phase(view.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
+    declare_resolution(server_args, "lava_sglang", cuda_graph_config=disabled)

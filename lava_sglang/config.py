@@ -30,10 +30,11 @@ UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 
-DECODE_BACKEND = "lava"
-"""The name of our attention backend: the only one that decodes ragged requests on a GPU."""
+DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
+"""Decode kernel -> the name of our attention backend: only these decode ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt"]
+DecodeKernel = Literal["triton", "flashinfer"]
 
 _ACCEPTS = {
     "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
@@ -44,6 +45,7 @@ _ACCEPTS = {
     "sink_tokens": "a whole number of tokens from 0 up",
     "scope": "'suffix' or 'prompt'",
     "seed": "a whole number from 0 to 2**63 - 1",
+    "decode_kernel": "'triton' or 'flashinfer'",
     "enabled": "true or false",
 }
 
@@ -77,6 +79,8 @@ class KVCompressionConfig(BaseModel):
     scope: Scope = "suffix"
     # Seed of the random method, a baseline.
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    # What a ragged method decodes by on a GPU; flashinfer runs without a CUDA graph of decode.
+    decode_kernel: DecodeKernel = "triton"
 
     @field_validator("method")
     @classmethod

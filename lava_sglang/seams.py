@@ -75,7 +75,8 @@ POSITIONS = Seam(
         "kv_loc_plan",
         "write_cols",
     ),
-    "decode positions are derived from seq_lens here and nowhere else; no subclass point",
+    "decode positions are derived from seq_lens here and nowhere else; no subclass point. Its first "
+    "argument is the ScheduleBatch, whose rows on the host it drops in decode",
 )
 PREFILL_LOG = Seam(
     f"{_STATS}.get_prefill_usage_msg_parts", "hook", ("self",), "the Prefill batch log line"
@@ -139,7 +140,7 @@ SEAMS = (
         f"{_BACKEND}.init_forward_metadata",
         "override",
         ("self", "forward_batch"),
-        "plans nothing",
+        "plans FlashInfer's calls; the Triton kernel needs no plan",
     ),
     Seam(
         f"{_BACKEND}.init_forward_metadata_out_graph",
@@ -151,7 +152,7 @@ SEAMS = (
         f"{_BACKEND}.init_cuda_graph_state",
         "override",
         ("self", "max_bs", "max_num_tokens"),
-        "the workspace is there already",
+        "the Triton kernel's workspace is there already; FlashInfer has no graph",
     ),
     Seam(
         f"{_BACKEND}.get_cuda_graph_seq_len_fill_value",

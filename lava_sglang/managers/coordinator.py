@@ -66,6 +66,8 @@ class KVCompressionCoordinator:
         assert self.tape is not None
         with self.stream:
             self.tape.reset(batch.req_pool_indices)
+        if self.tape.host is not None:
+            self.tape.host.reset(batch.req_pool_indices_cpu.tolist())
         batch_start = 0
         for req in batch.reqs:
             req.begin_prefill()
