@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the tape by FlashInfer: prefix and tail in one call, the tape in another.
 
-Prefix and tail are the same slots in every layer and head, so FlashInfer's paged wrapper reads them
-as it reads any request: one plan a step, for all layers. On the tape every head has its own length,
-which no FlashInfer call knows of; so heads become rows of the batch, [bs * H, G, D] queries over one
-KV head and pages of one entry, and a page index is the entry's place in the whole arena. Tape
+Prefix and tail are the same slots in every layer and head, so FlashInfer's paged wrapper reads
+them as it reads any request: one plan a step, for all layers. On the tape every head has its own
+length, which no FlashInfer call knows of; so heads become rows of the batch, [bs * H, G, D] queries
+over one KV head and pages of one entry. A page index is the entry's place in the whole arena. Tape
 lengths do not change while a request decodes: each layer has a wrapper, planned when the batch
-changes. Their two results are merged by log-sum-exp, in base 2, as FlashInfer returns it.
+changes. Both results are merged by their log-sum-exp, which is in base 2 on either side.
 
-The lengths are planned on the host, exactly: FlashInfer launches one block per chunk of what it was
-told, and a plan by an upper bound would run over lengths it was not made for.
+A plan needs the lengths on the host, and exact ones: FlashInfer launches one block for each chunk
+of what it is told, so a plan by an upper bound would run blocks past the end of a piece.
 
-int32 page indices: FlashInfer widens them to size_t before it multiplies with the stride (page.cuh,
-`get_elem_offset`), so only their number is limited. Source: flashinfer-python 0.7.2.
+Page indices are int32. FlashInfer widens them to size_t before it multiplies with the stride
+(page.cuh, `get_elem_offset`), so only their number is limited. Source: flashinfer-python 0.7.2.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ BLOCK = 1024
 
 WRAPPER = "BatchDecodeWithPagedKVCacheWrapper"
 MERGE = "merge_state_in_place"
-_PLAN = ("self", "indptr", "indices", "last_page_len", "num_qo_heads", "num_kv_heads")
-_PLAN += ("head_dim", "page_size")
+_PLAN = (
+    "self", "indptr", "indices", "last_page_len", "num_qo_heads", "num_kv_heads", "head_dim",
+    "page_size",
+)  # fmt: skip
 CALLS = {
     f"{WRAPPER}.__init__": (
         "self", "float_workspace_buffer", "kv_layout", "use_tensor_cores", "backend",

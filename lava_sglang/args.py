@@ -159,9 +159,7 @@ def choose_decode_backend(server_args: Any, previous: Any) -> None:
         kernel = config_of(view).decode_kernel
     except KVCompressionError:
         return  # `validate` tells
-    declare_resolution(
-        server_args, "lava_sglang", decode_attention_backend=DECODE_BACKENDS[kernel]
-    )
+    declare_resolution(server_args, "lava_sglang", decode_attention_backend=DECODE_BACKENDS[kernel])
     if kernel == "flashinfer":
         _disable_decode_graph(server_args, view)
 

@@ -71,7 +71,7 @@ def flashinfer_reasons(config: KVCompressionConfig, device: str) -> list[str]:
         return [f"{option}: needs an NVIDIA GPU, this server runs on {device}"]
     try:
         import flashinfer
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return [f"{option}: FlashInfer cannot be imported: {error}"]
     return [f"{option}: {reason}" for reason in _call_reasons(flashinfer)]
 
@@ -84,9 +84,11 @@ def _call_reasons(flashinfer: Any) -> list[str]:
     for target, arguments in CALLS.items():
         try:
             found = inspect.signature(attrgetter(target)(flashinfer))
-            found.bind(**dict.fromkeys(arguments))
         except AttributeError as error:
             reasons.append(f"flashinfer.{target} is missing: {error}")
+            continue
+        try:
+            found.bind(**dict.fromkeys(arguments))
         except TypeError as error:
             reasons.append(f"flashinfer.{target} takes {tuple(found.parameters)}: {error}")
     return reasons
@@ -200,8 +202,8 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
         reasons.append(
             f"decode attention backend {type(decode).__name__}: "
             f"{scheduler.kv_compression_config.method} keeps its own entries in each head, "
-            "which only --decode-attention-backend lava and lava_flashinfer read (torch_native on a "
-            "CPU)"
+            "which only --decode-attention-backend lava and lava_flashinfer read (torch_native on "
+            "a CPU)"
         )
     return reasons + model_reasons(runner.model)
 

@@ -31,7 +31,7 @@ UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 
 DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
-"""Decode kernel -> the name of our attention backend: only these decode ragged requests on a GPU."""
+"""Decode kernel -> name of our attention backend: only these decode ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt"]
 DecodeKernel = Literal["triton", "flashinfer"]

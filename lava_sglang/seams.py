@@ -75,8 +75,8 @@ POSITIONS = Seam(
         "kv_loc_plan",
         "write_cols",
     ),
-    "decode positions are derived from seq_lens here and nowhere else; no subclass point. Its first "
-    "argument is the ScheduleBatch, whose rows on the host it drops in decode",
+    "decode positions are derived from seq_lens here and nowhere else; no subclass point. It is "
+    "handed the rows on the host and drops them in decode: FlashInfer is planned by them",
 )
 PREFILL_LOG = Seam(
     f"{_STATS}.get_prefill_usage_msg_parts", "hook", ("self",), "the Prefill batch log line"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode where each head reads its own number of entries, from the tape.
 
-On a GPU: `--decode-attention-backend lava`, beside the prefill backend that the user chose
-(`lava_flashinfer` is in `flashinfer.py`). On a CPU: in the place of `torch_native`, whose name SGLang's CPU path asks for.
+On a GPU: `--decode-attention-backend lava`, or `lava_flashinfer` (`flashinfer.py`), beside the
+prefill backend that the user chose. On a CPU: in the place of `torch_native`, whose name SGLang's
+CPU path asks for.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class TapeTable:
         if self.host is not None:
             (known,) = self.host.pieces([row])
             assert (known.budget if known else 0) == budget, f"row {row}: the host is behind"
-            assert known is None or known.offsets.tolist() == offsets.tolist(), f"row {row}: host"
+            on_host = offsets.tolist() if known is None else known.offsets.tolist()
+            assert on_host == offsets.tolist(), f"row {row}: the host has other offsets"
         if budget == 0:
             assert int(self.position_deltas[row]) == 0, f"row {row}: shifted but uncompressed"
             return

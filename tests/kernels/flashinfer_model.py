@@ -109,7 +109,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             pages = self.indices[self.indptr[row] : self.indptr[row + 1]].long()
             if not len(pages):
                 continue
-            assert 0 <= int(pages.min()) and int(pages.max()) < len(k_cache)
+            assert bool(((pages >= 0) & (pages < len(k_cache))).all())
             length = (len(pages) - 1) * self.page_size + int(self.last_page_len[row])
             # [num_kv_heads, length, head_dim]
             k = k_cache[pages].flatten(0, 1)[:length].float().transpose(0, 1)

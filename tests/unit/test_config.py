@@ -53,6 +53,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("scope", 1, "'suffix' or 'prompt'"),
     ("seed", -1, "a whole number from 0 to 2**63 - 1"),
     ("seed", 1.5, "a whole number from 0 to 2**63 - 1"),
+    ("decode_kernel", "cuda", "'triton' or 'flashinfer'"),
+    ("decode_kernel", None, "'triton' or 'flashinfer'"),
 ]
 
 
@@ -100,6 +102,7 @@ def test_all_bad_values_are_reported_together() -> None:
         "sink_tokens": -1,
         "scope": "all",
         "seed": -1,
+        "decode_kernel": "cuda",
         "window": 1,
     }
     found = reasons(bad)
