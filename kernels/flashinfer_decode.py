@@ -173,12 +173,13 @@ class FlashInferDecode:
 
     def run(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """q: [bs, num_qo_heads, head_dim] of the planned batch, after RoPE. Returns its shape."""
+        q = q.contiguous()
         cache = (self.arena[layer, 0].unsqueeze(1), self.arena[layer, 1].unsqueeze(1))
         out, lse = self.exact.run(q=q, paged_kv_cache=cache, return_lse=True)
         if self.tape_lens[layer]:
             rows = (-1, self.group, self.head_dim)
             tape_out, tape_lse = self.tape[layer].run(
-                q=q.reshape(rows), paged_kv_cache=self.tape_cache, return_lse=True
+                q=q.view(rows), paged_kv_cache=self.tape_cache, return_lse=True
             )
             self.merge_state_in_place(
                 v=out.view(rows), s=lse.view(rows[:2]), v_other=tape_out, s_other=tape_lse,

@@ -67,6 +67,10 @@ def flashinfer_reasons(config: KVCompressionConfig, device: str) -> list[str]:
             f"{option}: of use to {', '.join(RAGGED_METHODS)} only; {config.method} decodes on "
             "--decode-attention-backend"
         ]
+    import torch
+
+    if torch.version.hip is not None:
+        device = "ROCm"
     if device != "cuda":
         return [f"{option}: needs an NVIDIA GPU, this server runs on {device}"]
     try:

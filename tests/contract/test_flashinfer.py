@@ -111,6 +111,12 @@ def test_on_another_device_it_is_refused(device: str) -> None:
     assert reasons(device) == [f"{OPTION}: needs an NVIDIA GPU, this server runs on {device}"]
 
 
+def test_on_an_amd_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose device is called cuda."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert reasons() == [f"{OPTION}: needs an NVIDIA GPU, this server runs on ROCm"]
+
+
 @pytest.mark.parametrize("method", UNIFORM_METHODS)
 def test_a_uniform_method_does_not_use_it(method: str) -> None:
     (reason,) = reasons(method=method)

@@ -100,6 +100,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         num_qo_heads, num_kv_heads = self.heads
         k_cache, v_cache = paged_kv_cache
         assert q.shape == (len(self.last_page_len), num_qo_heads, self.head_dim), q.shape
+        assert q.is_contiguous()
         assert k_cache.shape == v_cache.shape and k_cache.stride() == v_cache.stride()
         assert k_cache.shape[1:] == (self.page_size, num_kv_heads, self.head_dim), k_cache.shape
         assert (q.dtype, k_cache.dtype) == self.dtypes
