@@ -14,6 +14,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
@@ -61,7 +62,8 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_bs = runner.req_to_token_pool.size
-        self.num_qo_heads = runner.model_config.num_attention_heads // runner.tp_size
+        self.tp_size = get_parallel().attn_tp_size
+        self.num_qo_heads = runner.model_config.num_attention_heads // self.tp_size
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -86,7 +88,7 @@ class LavaAttnBackend(GpuRaggedDecode):
         self.workspace = DecodeWorkspace(
             self.max_bs,
             self.num_qo_heads,
-            runner.model_config.get_num_kv_heads(runner.tp_size),
+            runner.model_config.get_num_kv_heads(self.tp_size),
             runner.model_config.head_dim,
             runner.device,
         )

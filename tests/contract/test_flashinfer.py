@@ -27,13 +27,22 @@ from lava_sglang.kernels.flashinfer_decode import CALLS, MERGE, WRAPPER
 from lava_sglang.kernels.reference import ragged_decode_ref
 from lava_sglang.managers.request import LavaReq
 from tests.contract import engine as engine_module
-from tests.contract.engine import KV_HEADS, NUM_LAYERS, QUERY_HEADS, SCALING, Engine, build_engine
+from tests.contract.engine import (
+    KV_HEADS,
+    NUM_LAYERS,
+    QUERY_HEADS,
+    SCALING,
+    Engine,
+    build_engine,
+    running_batch,
+)
 from tests.kernels.flashinfer_model import FLASHINFER
 
 OPTION = "--kv-compression-config decode_kernel='flashinfer'"
 RAGGED = KVCompressionConfig(
     method="lava", budget=0.25, min_tokens=16, window_size=4, decode_kernel="flashinfer"
 )
+LADDER = RAGGED.model_copy(update={"budget": (0.75, 0.5, 0.25)})
 HEADERS = Path(flashinfer.__file__).parent / "data" / "include" / "flashinfer"
 
 
@@ -131,7 +140,7 @@ def engine(runtime_context: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(flashinfer_decode, "HEAD_DIMS", (16,))
     monkeypatch.setattr(flashinfer_decode, "DTYPES", (torch.float32,))
     monkeypatch.setattr(flashinfer_decode, "FLOAT_WORKSPACE", 2**16)
-    return build_engine()
+    return build_engine(config=LADDER)
 
 
 def runner_of(engine: Engine, scales: tuple[float, ...] = (SCALING,) * NUM_LAYERS) -> Any:
@@ -175,8 +184,10 @@ def check_step(engine: Engine, backend: LavaFlashInferAttnBackend, model: Any) -
         torch.testing.assert_close(got, want.flatten(1), rtol=1e-4, atol=1e-4)
 
 
-def prefilled(engine: Engine, first: int, count: int) -> LavaReq:
-    req = engine.request(range(first, first + count), RAGGED)
+def prefilled(
+    engine: Engine, first: int, count: int, config: KVCompressionConfig = RAGGED
+) -> LavaReq:
+    req = engine.request(range(first, first + count), config)
     assert engine.admit(req)
     engine.extend((req, None))
     return req
@@ -214,6 +225,23 @@ def test_requests_come_and_go(engine: Engine) -> None:
     engine.retract(shared)
     step(changed=False)  # none is compressed: FlashInfer reads rows as SGLang wrote them
     assert backend.decode.tape_lens == [0] * NUM_LAYERS
+
+
+def test_a_trim_is_a_change_of_the_batch(engine: Engine) -> None:
+    """Down two rungs between steps: shorter pieces, in fewer slots of the same row."""
+    backend, model = attached(engine)
+    beside = prefilled(engine, 5000, 40)
+    req = prefilled(engine, 1000, 130, LADDER)
+    assert beside.compressed and req.plan is not None and len(req.plan.rungs) == 3
+    for rung in req.plan.rungs:
+        engine.coordinator.make_room(running_batch(engine), lambda rung=rung: req.budget == rung)
+        assert req.budget == rung
+        for changed in (True, False):
+            before = [wrapper.plans for wrapper in backend.decode.tape]
+            engine.decode()
+            check_step(engine, backend, model)
+            assert [w.plans - changed for w in backend.decode.tape] == before
+        engine.check()
 
 
 def test_a_batch_of_sglangs_own_at_start_is_planned(engine: Engine) -> None:
