@@ -195,7 +195,8 @@ def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: 
 
 
 def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) -> None:
-    tape = scheduler.kv_compression.tape = TapeTable(4, 1, 2, "cpu")
+    tape = TapeTable(4, 1, 2, "cpu")
+    scheduler.kv_compression.compressor = SimpleNamespace(tape=tape)
     planning = RaggedBackend()
     planning.plans_on_host = True
     attach_tape(planning, tape)
