@@ -45,16 +45,12 @@ def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
     return F.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
 
 
-def span_pool_ref(scores: torch.Tensor, span: int, decay: float) -> torch.Tensor:
-    """Each score lifts those of the `span` tokens after it, to decay^distance of itself.
+def span_pool_ref(scores: torch.Tensor, span: int) -> torch.Tensor:
+    """Running maximum over each token and the `span` before it.
 
-    scores: [rows, tokens], non-negative. decay: in (0, 1]. Returns the same shape and dtype.
+    scores: [rows, tokens], non-negative. Returns the same shape and dtype.
     """
-    pooled = scores.clone()
-    for distance in range(1, min(span, scores.shape[1] - 1) + 1):
-        lifted = scores[:, :-distance] * decay**distance
-        pooled[:, distance:] = torch.maximum(pooled[:, distance:], lifted)
-    return pooled
+    return F.max_pool1d(F.pad(scores, (span, 0))[None], span + 1, stride=1)[0]
 
 
 def ragged_decode_ref(
@@ -147,7 +143,7 @@ def window_scores_ref(
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
-    span_decay: float = 1.0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
     value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
@@ -172,7 +168,7 @@ def window_scores_ref(
             group = attention.shape[0] // num_kv_heads
             attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
         pooled = torch.maximum(
-            max_pool_ref(attention, pool_width), span_pool_ref(attention, span, span_decay)
+            max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
         )
         grouped = pooled.view(num_kv_heads, -1, pooled.shape[-1])
         score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)

@@ -39,7 +39,7 @@ def window_scores(
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
-    span_decay: float = 1.0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
     value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
@@ -54,8 +54,8 @@ def window_scores(
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
     root_mean_square: over the window's queries, the quadratic mean in place of the arithmetic.
     pool_width: odd; the maximum over so many neighbours, clipped to the scored tokens.
-    span, span_decay: a token also lifts the `span` scored tokens after it, to span_decay^distance
-    of its own; span_decay in (0, 1].
+    span, span_share: a token also lifts the `span` scored tokens after it, to span_share of its
+    own; span_share in (0, 1].
     group_reduce: 'max' or 'mean', over the query heads of a KV head, after pooling.
     value_norm: 'token', times the L2 norm of the token's value, before pooling; 'head', times the
     largest L1 norm of the head's scored values; or 'none'.
@@ -65,7 +65,7 @@ def window_scores(
     run = window_scores_triton if arena.is_cuda else window_scores_ref
     return run(
         queries, arena, prompt_slots, shared_prefix_len, window_size, scaling,
-        root_mean_square=root_mean_square, pool_width=pool_width, span=span, span_decay=span_decay,
+        root_mean_square=root_mean_square, pool_width=pool_width, span=span, span_share=span_share,
         group_reduce=group_reduce, value_norm=value_norm, kv_dtype=kv_dtype,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def window_scores_triton(
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
-    span_decay: float = 1.0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
     value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
@@ -101,7 +101,7 @@ def window_scores_triton(
     assert num_scored >= 1, f"{prompt_len} tokens, P={shared_prefix_len}, w={window_size}"
     assert prompt_slots.dtype == torch.int64, prompt_slots.dtype
     assert pool_width % 2 == 1, f"pool_width={pool_width}: odd"
-    assert span >= 0 and 0 < span_decay <= 1, f"span={span}, span_decay={span_decay}"
+    assert span >= 0 and 0 < span_share <= 1, f"span={span}, span_share={span_share}"
     assert group_reduce in ("max", "mean"), group_reduce
     assert value_norm in ("token", "head", "none"), value_norm
 
@@ -145,7 +145,7 @@ def window_scores_triton(
             num_scored,
             POOL_WIDTH=pool_width,
             SPAN=span,
-            SPAN_DECAY=span_decay,
+            SPAN_SHARE=span_share,
             MEAN=group_reduce == "mean",
             H=num_kv_heads,
             G=group,
@@ -443,7 +443,7 @@ def _pool(
     num_scored,
     POOL_WIDTH: tl.constexpr,
     SPAN: tl.constexpr,
-    SPAN_DECAY: tl.constexpr,
+    SPAN_SHARE: tl.constexpr,
     MEAN: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -459,12 +459,10 @@ def _pool(
             at = scored + (shift - POOL_WIDTH // 2)
             mask = (at >= 0) & (at < num_scored)
             pooled = tl.maximum(pooled, tl.load(row_ptr + at, mask=mask, other=0.0))
-        lift = tl.full([], 1.0, tl.float32)
         for distance in range(1, SPAN + 1):
-            lift *= SPAN_DECAY
             at = scored - distance
             before = tl.load(row_ptr + at, mask=(at >= 0) & (at < num_scored), other=0.0)
-            pooled = tl.maximum(pooled, lift * before)
+            pooled = tl.maximum(pooled, SPAN_SHARE * before)
         score = score + pooled / G if MEAN else tl.maximum(score, pooled)
     norm = tl.load(norms_ptr + head)
     tl.store(scores_ptr + head * num_scored + scored, score * norm, mask=scored < num_scored)

@@ -21,7 +21,7 @@ from pydantic import (
     field_validator,
 )
 
-RAGGED_METHODS = ("lava", "adakv", "pyramidkv")
+RAGGED_METHODS = ("lava", "lava_span", "adakv", "pyramidkv")
 """Methods that keep their own number of entries in every layer and head: any of them needs the
 server to have been started with one, for its decode backend."""
 
@@ -69,7 +69,7 @@ class KVCompressionConfig(BaseModel):
     window_size: int = Field(default=32, ge=1, le=1024)
     # Fraction of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
     budget: float = 0.25
-    # Width in tokens of the max-pool over SnapKV's scores.
+    # Width in tokens of the max-pool over the scores of lava, snapkv, adakv and pyramidkv.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
     sink_tokens: int = Field(default=4, ge=0)

@@ -18,7 +18,7 @@ from lava_sglang.config import (
 )
 
 BUDGET_RANGE = "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size"
-METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
+METHOD_RANGE = "one of lava, lava_span, adakv, pyramidkv, snapkv, streamingllm, random"
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("method", "lru", METHOD_RANGE),
@@ -138,7 +138,7 @@ def test_good_budgets(budget: float) -> None:
 def test_every_method_is_served_or_off(method: str) -> None:
     config = KVCompressionConfig.parse({"method": method})
     assert config.enabled is (method != "none")
-    assert config.ragged is (method in ("lava", "adakv", "pyramidkv"))
+    assert config.ragged is (method in ("lava", "lava_span", "adakv", "pyramidkv"))
 
 
 def test_the_settings_are_frozen_and_hashable() -> None:

@@ -65,8 +65,8 @@ def random_prompt(shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS) -> 
     )
 
 
-def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
-    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
+def window_attention(prompt: PromptView, layer: int) -> list[list[list[list[float]]]]:
+    """Float64 [num_kv_heads][group][window queries][prompt tokens]; 0 for tokens not yet seen."""
     assert prompt.queries is not None and prompt.scaling is not None
     queries = prompt.queries[layer].double()
     keys = prompt.arena[layer, 0, prompt.slots].double()
@@ -74,21 +74,33 @@ def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[li
     num_queries, num_qo_heads, _ = queries.shape
     prompt_len, num_kv_heads, _ = keys.shape
     group = num_qo_heads // num_kv_heads
-    first, last = prompt.shared_prefix_len, prompt_len - prompt.window_size
-    half = pool_width // 2
-    pooled = []
+    attention = []
     for kv_head in range(num_kv_heads):
-        pooled_heads = []
+        heads = []
         for query_head in range(kv_head * group, (kv_head + 1) * group):
-            mean = [0.0] * prompt_len
+            rows = []
             for place in range(num_queries):
                 seen = prompt_len - num_queries + place + 1
                 weights = [
                     math.exp(float(queries[place, query_head] @ keys[t, kv_head]) * scaling)
                     for t in range(seen)
                 ]
-                for token, weight in enumerate(weights):
-                    mean[token] += weight / sum(weights) / num_queries
+                shares = [weight / sum(weights) for weight in weights]
+                rows.append(shares + [0.0] * (prompt_len - seen))
+            heads.append(rows)
+        attention.append(heads)
+    return attention
+
+
+def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
+    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
+    first, last = prompt.shared_prefix_len, len(prompt.slots) - prompt.window_size
+    half = pool_width // 2
+    pooled = []
+    for query_heads in window_attention(prompt, layer):
+        pooled_heads = []
+        for rows in query_heads:
+            mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
             pooled_heads.append(
                 [
                     max(mean[max(first, t - half) : min(last, t + half + 1)])
@@ -130,11 +142,36 @@ def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
     return scores
 
 
+def lava_span_scores(prompt: PromptView, pool_width: int) -> Scores:
+    """LAVaSpan by its definition: what an entry adds in the root mean square, and 0.3 of it for
+    the 12 tokens after it; the mean over the query heads of a group. No max-pool."""
+    scores = []
+    first, last = prompt.shared_prefix_len, len(prompt.slots) - prompt.window_size
+    for layer in range(prompt.num_layers):
+        values = prompt.arena[layer, 1, prompt.slots].double()
+        heads = []
+        for head, query_heads in enumerate(window_attention(prompt, layer)):
+            total = [0.0] * (last - first)
+            for rows in query_heads:
+                added = [
+                    math.sqrt(sum(row[token] ** 2 for row in rows) / len(rows))
+                    * math.hypot(*values[token, head].tolist())
+                    for token in range(first, last)
+                ]
+                for token, own in enumerate(added):
+                    before = added[max(0, token - 12) : token]
+                    total[token] += max([own, *(0.3 * size for size in before)])
+            heads.append([number / len(query_heads) for number in total])
+        scores.append(heads)
+    return scores
+
+
 DEFINITIONS = {
     "snapkv": snapkv_scores,
     "adakv": snapkv_scores,
     "pyramidkv": snapkv_scores,
     "lava": lava_scores,
+    "lava_span": lava_span_scores,
 }
 
 
@@ -181,10 +218,10 @@ def best_entries(scores: list[list[float]], count: int, floor: int) -> list[list
 def slow_keep(name: str, scores: Scores, weights: list[float], mean: int) -> list[list[list[int]]]:
     """Scored tokens that each method keeps, by its definition: [num_layers][num_kv_heads][kept]."""
     num_kv_heads, scored_len = len(scores[0]), len(scores[0][0])
-    if name in ("lava", "adakv"):
+    if name in ("lava", "lava_span", "adakv"):
         most = num_kv_heads * scored_len
         counts = divide(weights, len(scores) * num_kv_heads * mean, most)
-        floor = mean // 5 if name == "adakv" else 0
+        floor = 0 if name == "lava" else mean // 5
         return [best_entries(*layer, floor) for layer in zip(scores, counts, strict=True)]
     counts = divide(weights, len(scores) * mean, scored_len)
     return [
@@ -252,7 +289,7 @@ def test_pyramidkvs_layer_weights_fall_to_a_twentieth_of_the_mean(num_layers: in
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-4) and steps[0] > 0
 
 
-@pytest.mark.parametrize("name", ["snapkv", "adakv", "streamingllm", "random"])
+@pytest.mark.parametrize("name", ["lava_span", "snapkv", "adakv", "streamingllm", "random"])
 def test_other_methods_weigh_layers_alike(name: str) -> None:
     weights = METHODS[name](KVCompressionConfig(method=name)).layer_weights(torch.rand(4, 2, 10))
     assert weights.tolist() == [1.0] * 4
@@ -296,17 +333,18 @@ def layer_value(scores: list[list[float]], kept: list[list[int]], prompt: Prompt
     )
 
 
-def test_adakv_keeps_a_fifth_of_the_mean_in_every_head() -> None:
+@pytest.mark.parametrize("name", ["adakv", "lava_span"])
+def test_every_head_keeps_a_fifth_of_the_mean(name: str) -> None:
     """Where one head outscores all others."""
     shape = Shape(108, 0, 8, 8, 4, 1, 1, 33)
 
-    class Loud(METHODS["adakv"]):  # type: ignore[misc]
+    class Loud(METHODS[name]):  # type: ignore[misc]
         def score(self, prompt: PromptView) -> torch.Tensor:
             scores = torch.rand(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
             scores[:, 1] += 10
             return scores
 
-    kept = keep(Loud(settings_for(shape, "adakv")), random_prompt(shape), shape.budget)
+    kept = keep(Loud(settings_for(shape, name)), random_prompt(shape), shape.budget)
     assert (kept.counts - shape.window_size).tolist() == [[5, 85, 5, 5]] * NUM_LAYERS
 
 
@@ -380,8 +418,9 @@ def test_uniform_methods_keep_as_many_everywhere(name: str, shape: Shape) -> Non
     assert kept.counts.tolist() == [[shape.budget] * shape.num_kv_heads] * NUM_LAYERS
 
 
-def test_adakv_splits_no_budget_between_layers(shape: Shape) -> None:
-    method = METHODS["adakv"](settings_for(shape, "adakv"))
+@pytest.mark.parametrize("name", ["adakv", "lava_span"])
+def test_some_methods_split_no_budget_between_layers(name: str, shape: Shape) -> None:
+    method = METHODS[name](settings_for(shape, name))
     kept = keep(method, random_prompt(shape), shape.budget)
     assert kept.counts.sum(dim=1).tolist() == [shape.num_kv_heads * shape.budget] * NUM_LAYERS
 

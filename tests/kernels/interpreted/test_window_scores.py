@@ -66,8 +66,8 @@ def test_pool_width(pool_width: int) -> None:
 SPAN: dict[str, Any] = {
     "root_mean_square": True,
     "pool_width": 1,
-    "span": 16,
-    "span_decay": 0.8,
+    "span": 12,
+    "span_share": 0.3,
     "group_reduce": "mean",
     "value_norm": "token",
 }
@@ -75,11 +75,11 @@ METHODS = pytest.mark.parametrize("options", [{}, SPAN], ids=["lava", "span"])
 
 
 @pytest.mark.parametrize("pool_width", [1, 7])
-@pytest.mark.parametrize(("span", "span_decay"), [(1, 0.5), (2, 1.0), (60, 0.9)])
-def test_span(span: int, span_decay: float, pool_width: int) -> None:
+@pytest.mark.parametrize(("span", "span_share"), [(1, 0.5), (12, 0.3), (60, 1.0)])
+def test_span(span: int, span_share: float, pool_width: int) -> None:
     """Also past the first scored token, and past a block of them."""
     inputs = prompt(layers=1, heads=1, prompt_len=1100, dtype=torch.float32)
-    check(inputs, **SPAN | {"span": span, "span_decay": span_decay, "pool_width": pool_width})
+    check(inputs, **SPAN | {"span": span, "span_share": span_share, "pool_width": pool_width})
 
 
 @METHODS
@@ -160,8 +160,8 @@ def test_arena_past_32_bits(options: dict[str, Any]) -> None:
         {"group_reduce": "sum"},
         {"value_norm": "layer"},
         {"span": -1},
-        {"span_decay": 0.0},
-        {"span_decay": 1.1},
+        {"span_share": 0.0},
+        {"span_share": 1.1},
         {"window": 7},
         {"prefix": 142},
     ],
