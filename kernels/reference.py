@@ -12,14 +12,20 @@ import torch.nn.functional as F
 
 
 def window_attention_ref(
-    queries: torch.Tensor, keys: torch.Tensor, scaling: float, *, root_mean_square: bool = False
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
 ) -> torch.Tensor:
     """Mean causal attention that the last W tokens pay to each token of the prompt.
 
     queries: [W, num_qo_heads, head_dim], after RoPE, of the last W tokens.
     keys: [prompt_len, num_kv_heads, head_dim], after RoPE.
     scaling: factor on the logits, 1/sqrt(head_dim) in most models.
-    root_mean_square: the quadratic mean over the W tokens in place of the arithmetic one.
+    query_weights: float32 [W] with the sum 1, of the mean over the W tokens; None: all alike.
+    root_mean_square: the quadratic mean in place of the arithmetic one.
     Returns float32 [num_qo_heads, prompt_len]. Softmax in float32 over the whole prompt.
     Source: SnapKV, arXiv 2404.14469, eq. 1-2, with the mean in place of the sum.
     """
@@ -34,7 +40,13 @@ def window_attention_ref(
     hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).triu(1)
     logits[:, :, prompt_len - num_queries :].masked_fill_(hidden, float("-inf"))
     attention = logits.softmax(dim=-1)
-    return attention.square().mean(dim=1).sqrt() if root_mean_square else attention.mean(dim=1)
+    if root_mean_square:
+        attention = attention.square()
+    if query_weights is None:
+        mean = attention.mean(dim=1)
+    else:
+        mean = torch.einsum("hwt,w->ht", attention, query_weights)
+    return mean.sqrt() if root_mean_square else mean
 
 
 def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
@@ -140,6 +152,7 @@ def window_scores_ref(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
@@ -160,6 +173,7 @@ def window_scores_ref(
             queries[layer],
             entries[layer, 0, prompt_slots],
             scales[layer],
+            query_weights=query_weights,
             root_mean_square=root_mean_square,
         )[:, scored]
         # [num_kv_heads, scored tokens, head_dim]

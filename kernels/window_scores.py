@@ -36,6 +36,7 @@ def window_scores(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
@@ -52,7 +53,8 @@ def window_scores(
     prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
     scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
-    root_mean_square: over the window's queries, the quadratic mean in place of the arithmetic.
+    query_weights: float32 [window queries] with the sum 1, of the mean over them; None: all alike.
+    root_mean_square: the quadratic mean in place of the arithmetic one.
     pool_width: odd; the maximum over so many neighbours, clipped to the scored tokens.
     span, span_share: a token also lifts the `span` scored tokens after it, to span_share of its
     own; span_share in (0, 1].
@@ -65,8 +67,9 @@ def window_scores(
     run = window_scores_triton if arena.is_cuda else window_scores_ref
     return run(
         queries, arena, prompt_slots, shared_prefix_len, window_size, scaling,
-        root_mean_square=root_mean_square, pool_width=pool_width, span=span, span_share=span_share,
-        group_reduce=group_reduce, value_norm=value_norm, kv_dtype=kv_dtype,
+        query_weights=query_weights, root_mean_square=root_mean_square, pool_width=pool_width,
+        span=span, span_share=span_share, group_reduce=group_reduce, value_norm=value_norm,
+        kv_dtype=kv_dtype,
     )  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def window_scores_triton(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
     root_mean_square: bool = False,
     pool_width: int = 7,
     span: int = 0,
@@ -111,6 +115,10 @@ def window_scores_triton(
         scaling = torch.full((num_layers,), scaling, device=device)
     assert scaling.shape == (num_layers,) and scaling.dtype == torch.float32, scaling
     scaling = scaling * (factor * LOG2E)
+    if query_weights is None:
+        query_weights = torch.full((num_queries,), 1 / num_queries, device=device)
+    assert query_weights.shape == (num_queries,) and query_weights.is_contiguous(), query_weights
+    assert query_weights.dtype == torch.float32, query_weights.dtype
     arena_shape = {
         "slots": slots,
         "H": num_kv_heads,
@@ -127,7 +135,7 @@ def window_scores_triton(
             queries, data, prompt_slots, scaling, first_layer, layers, group, arena_shape
         )
         _attend_scored(
-            queries, data, prompt_slots, scaling, sums, attention,
+            queries, data, prompt_slots, scaling, sums, query_weights, attention,
             first_layer, layers, group, shared_prefix_len, arena_shape,
             root_mean_square=root_mean_square, token_norm=value_norm == "token",
         )  # fmt: skip
@@ -212,6 +220,7 @@ def _attend_scored(
     prompt_slots: torch.Tensor,
     scaling: torch.Tensor,
     sums: torch.Tensor,
+    query_weights: torch.Tensor,
     attention: torch.Tensor,
     first_layer: int,
     layers: int,
@@ -232,6 +241,7 @@ def _attend_scored(
         prompt_slots,
         scaling,
         sums.contiguous(),
+        query_weights,
         attention,
         num_scored,
         num_queries,
@@ -347,6 +357,7 @@ def _mean_attention(
     prompt_slots_ptr,
     scaling_ptr,
     lse_ptr,  # [layers, H, G * num_queries], base 2
+    query_weights_ptr,  # [num_queries]
     attention_ptr,  # [layers, H * G, num_scored]
     num_scored,
     num_queries,
@@ -396,10 +407,12 @@ def _mean_attention(
                 mask=in_window,
                 other=float("inf"),
             )
+            weight = tl.load(query_weights_ptr + query, mask=in_window, other=0.0)
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scaling
             share = tl.exp2(logits - lse[None, :])
-            mean += tl.sum(share * share if ROOT_MEAN_SQUARE else share, 1)
-        mean = mean / num_queries
+            if ROOT_MEAN_SQUARE:
+                share = share * share
+            mean += tl.sum(share * weight[None, :], 1)
         if ROOT_MEAN_SQUARE:
             mean = tl.sqrt(mean)
         tl.store(attention_ptr + (group_head + g) * num_scored + scored, mean * norm, mask=live)

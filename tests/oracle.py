@@ -36,7 +36,7 @@ class Prefill:
     logits: Tensor  # [vocabulary], of the last prompt token
     window_queries: Tensor  # [L, Q, w, D], after RoPE
     window_attention: Tensor  # [L, Q, I], mean over the w window queries of the causal softmax
-    window_rms: Tensor  # [L, Q, I], root mean square of the same
+    window_rms: Tensor  # [L, Q, I], its root mean square, query t weighted by exp(t / 8)
     value_l1: Tensor  # [L, H, I], L1 norm of each value row
 
 
@@ -72,7 +72,9 @@ class _PrefillPass:
         self.queries.append(query[:, self.window].clone())
         attention = _window_attention(query, key, self.window, scale)
         self.attention.append(attention.mean(dim=1))
-        self.rms.append(attention.square().mean(dim=1).sqrt())
+        weights = torch.arange(attention.shape[1]).div(8).exp()
+        squares = (attention.square() * weights[:, None]).sum(dim=1)
+        self.rms.append((squares / weights.sum()).sqrt())
         output = torch.nn.functional.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
         )
@@ -304,11 +306,11 @@ def lava_keep(
 
 
 def lava_span_keep(prefill: Prefill, prefix_len: int, budget: int, window_size: int) -> Tensor:
-    """LAVaSpan's choice, bool [L, H, I]: the best of each layer across its heads, and a fifth of the
-    mean for every head.
+    """LAVaSpan's choice, bool [L, H, I]: the best of each layer across its heads, a fifth of the
+    mean for every head first.
 
     What an entry adds to the output of a query head: the root mean square of its window attention
-    times the L2 norm of its value. A token scores that, or 0.3 of the most that one of the 12
+    times the L2 norm of its value. A token scores that, or 0.3 of the most that one of the 16
     scored tokens before it adds if that is more; the mean over the query heads of a KV head.
     """
     layers, heads, prompt_len = prefill.value_l1.shape
@@ -320,7 +322,7 @@ def lava_span_keep(prefill: Prefill, prefix_len: int, budget: int, window_size: 
         attention = prefill.window_rms[layer, :, scored].unflatten(0, (heads, -1))
         added = attention * sizes[:, None]  # [H, G, scored]
         lifted = added.clone()
-        for distance in range(1, min(12, scored.stop - scored.start - 1) + 1):
+        for distance in range(1, min(16, scored.stop - scored.start - 1) + 1):
             lifted[:, :, distance:] = lifted[:, :, distance:].maximum(0.3 * added[..., :-distance])
         scores.append(lifted.mean(dim=1))
     count = heads * (budget - window_size)

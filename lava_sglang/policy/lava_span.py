@@ -27,12 +27,16 @@ class LAVaSpan(Method):
     uniform_heads: ClassVar[bool] = False
     head_floor: ClassVar[float] = 0.2
 
-    span: ClassVar[int] = 12
+    recency: ClassVar[float] = 8.0
+    span: ClassVar[int] = 16
     span_share: ClassVar[float] = 0.3
 
     def score(self, prompt: PromptView) -> torch.Tensor:
+        assert prompt.queries is not None
+        places = torch.arange(prompt.queries.shape[1], device=prompt.slots.device)
         return self.window_score(
             prompt,
+            query_weights=(places / self.recency).softmax(dim=0),
             root_mean_square=True,
             pool_width=1,
             span=self.span,

@@ -144,7 +144,7 @@ def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
 
 def lava_span_scores(prompt: PromptView, pool_width: int) -> Scores:
     """LAVaSpan by its definition: what an entry adds in the root mean square, and 0.3 of it for
-    the 12 tokens after it; the mean over the query heads of a group. No max-pool."""
+    the 16 tokens after it; the mean over the query heads of a group. No max-pool."""
     scores = []
     first, last = prompt.shared_prefix_len, len(prompt.slots) - prompt.window_size
     for layer in range(prompt.num_layers):
@@ -153,13 +153,17 @@ def lava_span_scores(prompt: PromptView, pool_width: int) -> Scores:
         for head, query_heads in enumerate(window_attention(prompt, layer)):
             total = [0.0] * (last - first)
             for rows in query_heads:
+                weights = [math.exp(place / 8) for place in range(len(rows))]
                 added = [
-                    math.sqrt(sum(row[token] ** 2 for row in rows) / len(rows))
+                    math.sqrt(
+                        sum(w * row[token] ** 2 for w, row in zip(weights, rows, strict=True))
+                        / sum(weights)
+                    )
                     * math.hypot(*values[token, head].tolist())
                     for token in range(first, last)
                 ]
                 for token, own in enumerate(added):
-                    before = added[max(0, token - 12) : token]
+                    before = added[max(0, token - 16) : token]
                     total[token] += max([own, *(0.3 * size for size in before)])
             heads.append([number / len(query_heads) for number in total])
         scores.append(heads)

@@ -36,7 +36,11 @@ def check(
     window: int = 8,
     **options: Any,
 ) -> None:
+    options = dict(options)
     args = (*inputs, prefix, window, options.pop("scaling", inputs[0].shape[3] ** -0.5))
+    if "recency" in options:
+        places = torch.arange(inputs[0].shape[1], dtype=torch.float32)
+        options["query_weights"] = (places / options.pop("recency")).softmax(0)
     got = window_scores_triton(*args, **options)
     want = window_scores_ref(*args, **options)
     assert want.shape[2] == len(inputs[2]) - prefix - window
@@ -58,12 +62,20 @@ def test_options(
     )
 
 
+@pytest.mark.parametrize("root_mean_square", [False, True])
+@pytest.mark.parametrize("recency", [0.5, 8, 1000])
+def test_query_weights(recency: float, root_mean_square: bool) -> None:
+    inputs = prompt(layers=1, queries=40, dtype=torch.float32)
+    check(inputs, window=40, recency=recency, root_mean_square=root_mean_square)
+
+
 @pytest.mark.parametrize("pool_width", [1, 3, 63])
 def test_pool_width(pool_width: int) -> None:
     check(prompt(), pool_width=pool_width)
 
 
 SPAN: dict[str, Any] = {
+    "recency": 8,
     "root_mean_square": True,
     "pool_width": 1,
     "span": 12,
@@ -159,6 +171,7 @@ def test_arena_past_32_bits(options: dict[str, Any]) -> None:
         {"pool_width": 4},
         {"group_reduce": "sum"},
         {"value_norm": "layer"},
+        {"query_weights": torch.full((7,), 1 / 7)},
         {"span": -1},
         {"span_share": 0.0},
         {"span_share": 1.1},
