@@ -22,14 +22,14 @@ from pydantic import (
     field_validator,
 )
 
-RAGGED_METHODS = ("lava", "adakv", "pyramidkv")
+RAGGED_METHODS = ("lava", "lava_span", "adakv", "pyramidkv")
 """Methods that keep their own number of entries in every layer and head: any of them needs the
 server to have been started with one, for its decode backend."""
 
 UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 """Methods that keep the same number of entries everywhere: any decode backend reads them."""
 
-POOLED_HEAD_METHODS = ("lava", "adakv")
+POOLED_HEAD_METHODS = ("lava", "lava_span", "adakv")
 """Methods in which the heads of a layer compete for its entries: `head_floor` has a meaning."""
 
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
@@ -85,7 +85,7 @@ class KVCompressionConfig(BaseModel):
     # Fractions of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
     # More than one is a ladder: the first that the pool affords, lower when slots are short.
     budget: tuple[float, ...] = (0.25,)
-    # Width in tokens of the max-pool over SnapKV's scores.
+    # Width in tokens of the max-pool over the scores of lava, snapkv, adakv and pyramidkv.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
     sink_tokens: int = Field(default=4, ge=0)

@@ -163,7 +163,7 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in FIELDS:
         assert f"--{name.replace('_', '-')}" in shown
-    assert "{none,lava,adakv,pyramidkv,snapkv,streamingllm,random}" in shown
+    assert "{none,lava,lava_span,adakv,pyramidkv,snapkv,streamingllm,random}" in shown
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def cases(full: bool) -> list[Case]:
         copied += [(head_dim, bf16) for head_dim in (64, 80, 256)]
     return [
         *(_decode(*shape) for shape in decode),
-        *(_window_scores(*shape) for shape in window),
+        *(_window_scores(*shape, span=span) for shape in window for span in (0, 16)),
         *(_compact(*shape) for shape in copied),
         *(_move(*shape) for shape in copied),
         *(_select(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
@@ -91,7 +91,9 @@ def _decode(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
     return Case(f"decode D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
 
 
-def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
+def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype, *, span: int) -> Case:
+    """With a span, as LAVaSpan calls it; else as LAVa does."""
+
     def launch() -> None:
         dtype = _model_dtype(kv_dtype)
         window_scores_triton(
@@ -101,9 +103,15 @@ def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
             64,
             WINDOW,
             head_dim**-0.5,
+            root_mean_square=span > 0,
+            pool_width=1 if span else 7,
+            span=span,
+            group_reduce="mean" if span else "max",
+            value_norm="token" if span else "head",
         )
 
-    return Case(f"scores D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
+    name = "span scores" if span else "scores"
+    return Case(f"{name} D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
 
 
 def _compact(head_dim: int, dtype: torch.dtype) -> Case:

@@ -23,9 +23,9 @@ BUDGET_RANGE = (
     "or a ladder of fractions or of numbers, each below the one before, such as 0.5,0.25,0.125"
 )
 HEAD_FLOOR_RANGE = (
-    "a share from 0 to 1, with one of the methods lava, adakv and without uniform_heads"
+    "a share from 0 to 1, with one of the methods lava, lava_span, adakv and without uniform_heads"
 )
-METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
+METHOD_RANGE = "one of lava, lava_span, adakv, pyramidkv, snapkv, streamingllm, random"
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("method", "lru", METHOD_RANGE),
@@ -196,7 +196,7 @@ def test_good_budgets(budget: float) -> None:
 def test_every_method_is_served_or_off(method: str) -> None:
     config = KVCompressionConfig.parse({"method": method})
     assert config.enabled is (method != "none")
-    assert config.ragged is (method in ("lava", "adakv", "pyramidkv"))
+    assert config.ragged is (method in ("lava", "lava_span", "adakv", "pyramidkv"))
 
 
 def test_the_settings_are_frozen_and_hashable() -> None:
