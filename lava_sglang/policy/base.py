@@ -14,6 +14,9 @@ from lava_sglang.kernels.layer_split import layer_split, uniform_weights
 from lava_sglang.kernels.select import Selection, select
 from lava_sglang.kernels.window_scores import window_scores
 
+HEAD_FLOOR_UNITS = 1_000_000
+"""A head floor is read in so many parts of the mean: whole numbers are alike on every device."""
+
 
 class PromptView(NamedTuple):
     """A finished prompt, as a method sees it. Shapes are per rank."""
@@ -52,7 +55,8 @@ class Method(ABC):
     """Whether every head of a layer keeps equally many; if not, the layer's best are kept."""
 
     head_floor: ClassVar[float] = 0.0
-    """Share of the layer's mean that every head keeps, where heads are not uniform."""
+    """Share of the layer's mean that every head keeps, where heads are not uniform and
+    `config.head_floor` is not set."""
 
     @abstractmethod
     def score(self, prompt: PromptView) -> torch.Tensor:
@@ -86,14 +90,19 @@ class Method(ABC):
 def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     """What each head keeps: the window, and the best of L * H * (b - w) scored entries.
 
+    The settings `uniform_layers`, `uniform_heads` and `head_floor` replace the method's own rules.
     budget: b, window included. The kept entries of all layers and heads are L * H * b exactly.
     Reads nothing back to the host on a GPU. Source: LAVa, arXiv 2509.09754; docs of each method.
     """
     scores = method.score(prompt).contiguous()
     num_layers, num_kv_heads, scored_len = scores.shape
-    weights = method.layer_weights(scores)
+    config = method.config
+    if config.uniform_layers:
+        weights = uniform_weights(num_layers, scores.device)
+    else:
+        weights = method.layer_weights(scores)
     mean = budget - prompt.window_size
-    if method.uniform_heads:
+    if method.uniform_heads or config.uniform_heads:
         # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
         per_head = layer_split(weights, num_layers * mean, scored_len)
         counts = per_head.repeat_interleave(num_kv_heads)
@@ -102,6 +111,8 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     else:
         cap = num_kv_heads * scored_len
         counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
-        floor = (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
+        share = method.head_floor if config.head_floor is None else config.head_floor
+        units = round(share * HEAD_FLOOR_UNITS)
+        floor = counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
     kept = select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
     return kept._replace(counts=kept.counts.view(num_layers, num_kv_heads))
