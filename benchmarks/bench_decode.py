@@ -34,6 +34,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
+from lava_sglang.mem_cache.arena import create_arena
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAVA, NATIVE, PLAIN = "lava", "torch_native", "plain read"
@@ -185,7 +186,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[Shape, dict[str, Ti
     ]
     smallest = max(shape.bytes_read + shape.bytes_read // shape.context for shape in sweep)
     num_bytes = max(arguments.arena_mib << 20, 2 * smallest)
-    memory = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
+    slots = num_bytes // (2 * arguments.head_dim * dtype.itemsize)
+    memory = create_arena(1, slots, 1, arguments.head_dim, dtype, "cpu").view(-1)
     for part in memory.split(1 << 24):
         part.normal_()
     for shape in track(sweep, console=Console(stderr=True)):
