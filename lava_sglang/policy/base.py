@@ -87,6 +87,41 @@ class Method(ABC):
         return uniform_weights(scores.shape[0], scores.device)
 
 
+class Split(NamedTuple):
+    """How many scored entries each layer keeps; where heads are uniform, each head."""
+
+    scores: torch.Tensor  # float32 [rows, heads that share a count, scored_len]
+    counts: torch.Tensor  # int64 [rows]
+    head_floor: int | torch.Tensor  # scored entries that every head keeps at least, or of each row
+
+
+def split_weights(method: Method, scores: torch.Tensor) -> torch.Tensor:
+    """Each layer's claim on the budget as `keep` uses it, float32 [num_layers] in [0, 1]."""
+    if method.config.uniform_layers:
+        return uniform_weights(scores.shape[0], scores.device)
+    return method.layer_weights(scores)
+
+
+def split(method: Method, scores: torch.Tensor, mean: int) -> Split:
+    """Divide L * H * mean scored entries over the layers, by the method and its settings.
+
+    scores: float32 [num_layers, num_kv_heads, scored_len], contiguous. mean: b - w.
+    """
+    num_layers, num_kv_heads, scored_len = scores.shape
+    weights = split_weights(method, scores)
+    if method.uniform_heads or method.config.uniform_heads:
+        # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
+        per_head = layer_split(weights, num_layers * mean, scored_len)
+        counts = per_head.repeat_interleave(num_kv_heads)
+        return Split(scores.view(num_layers * num_kv_heads, 1, scored_len), counts, 0)
+    counts = layer_split(weights, num_layers * num_kv_heads * mean, num_kv_heads * scored_len)
+    given = method.config.head_floor
+    share = method.head_floor if given is None else given
+    units = round(share * HEAD_FLOOR_UNITS)
+    floor = counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
+    return Split(scores, counts, floor)
+
+
 def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     """What each head keeps: the window, and the best of L * H * (b - w) scored entries.
 
@@ -95,24 +130,12 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
     Reads nothing back to the host on a GPU. Source: LAVa, arXiv 2509.09754; docs of each method.
     """
     scores = method.score(prompt).contiguous()
-    num_layers, num_kv_heads, scored_len = scores.shape
-    config = method.config
-    if config.uniform_layers:
-        weights = uniform_weights(num_layers, scores.device)
-    else:
-        weights = method.layer_weights(scores)
-    mean = budget - prompt.window_size
-    if method.uniform_heads or config.uniform_heads:
-        # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
-        per_head = layer_split(weights, num_layers * mean, scored_len)
-        counts = per_head.repeat_interleave(num_kv_heads)
-        scores = scores.view(num_layers * num_kv_heads, 1, scored_len)
-        floor: int | torch.Tensor = 0
-    else:
-        cap = num_kv_heads * scored_len
-        counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
-        share = method.head_floor if config.head_floor is None else config.head_floor
-        units = round(share * HEAD_FLOOR_UNITS)
-        floor = counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
-    kept = select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
-    return kept._replace(counts=kept.counts.view(num_layers, num_kv_heads))
+    layers = split(method, scores, budget - prompt.window_size)
+    return select_split(layers, prompt, budget)
+
+
+def select_split(layers: Split, prompt: PromptView, budget: int) -> Selection:
+    """The best entries of each layer, `layers.counts` of them, on the tape of `budget` slots."""
+    first, window = prompt.shared_prefix_len, prompt.window_size
+    kept = select(layers.scores, layers.counts, budget, first, window, layers.head_floor)
+    return kept._replace(counts=kept.counts.view(prompt.num_layers, prompt.num_kv_heads))
