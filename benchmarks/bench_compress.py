@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one prompt's compression, step by step, beside the prefill of the same prompt.
 
-The steps are those of the server: score, split the budget over the layers, select, copy onto the
-tape, write the request's row of the tape's tables. Taking the slots and handing the exact prompt
+The steps are those of the server: score, weigh the layers, choose (split the budget over the layers
+by the weights, select), copy onto the tape, write the request's row of the tables. Taking the slots and handing the exact prompt
 to the radix tree is host work of SGLang's own and is not in it. The prefill is a transformers
 forward pass of the same model, dtype, threads and chunks as the server's.
 """
@@ -33,12 +33,12 @@ from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.kernels.compact import compact
 from lava_sglang.mem_cache.arena import create_arena
 from lava_sglang.mem_cache.tape import TapeTable
-from lava_sglang.policy import METHODS, PromptView
-from lava_sglang.policy.base import select_split, split
+from lava_sglang.policy import METHODS, PromptView, choose
+from lava_sglang.policy.base import Ranking
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PREFILL, TOTAL = "prefill", "compression"
-STEPS = ("score", "split", "select", "copy", "tables")
+STEPS = ("score", "weights", "choose", "copy", "tables")
 
 
 class Stopwatch:
@@ -97,9 +97,9 @@ class CompressedPrompt:
         watch = Stopwatch(self.arena.device)
         scores = self.method.score(self.view).contiguous()
         watch.mark()
-        layers = split(self.method, scores, self.budget - self.view.window_size)
+        ranking = Ranking(scores, self.method.layer_weights(scores))
         watch.mark()
-        kept = select_split(layers, self.view, self.budget)
+        kept = choose(self.method, ranking, self.view, self.budget)
         watch.mark()
         compact(self.arena, self.view.slots, self.tape_slots, kept.tape_tokens, kept.offsets)
         watch.mark()
