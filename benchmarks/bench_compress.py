@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one prompt's compression, step by step, beside the prefill of the same prompt.
 
-The steps are those of the server: score, weigh the layers, choose (split the budget over the layers
-by the weights, select), copy onto the tape, write the request's row of the tables. Taking the slots and handing the exact prompt
-to the radix tree is host work of SGLang's own and is not in it. The prefill is a transformers
-forward pass of the same model, dtype, threads and chunks as the server's.
+The steps are those of the server: score, weigh the layers, choose (split the budget over layers,
+select), copy onto the tape, write the row of the tables. Taking the slots and handing the exact
+prompt to the radix tree is host work of SGLang's own and is not in it. The prefill is a
+transformers forward pass of the same model in the same dtype, on the same threads, in chunks like
+the server's.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class CompressedPrompt:
         num_layers, _, prompt_len, num_kv_heads, head_dim = done.arena.shape
         device = done.arena.device
         self.method = METHODS[config.method](config)
-        self.budget = config.kept_tokens(prompt_len, page_size=1)
+        (self.budget,) = config.rungs(prompt_len, page_size=1)
         num_slots = 1 + prompt_len + self.budget  # slot 0 is padding
         self.arena = create_arena(
             num_layers, num_slots, num_kv_heads, head_dim, done.arena.dtype, device
@@ -116,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = KVCompressionConfig.parse(
         {"method": arguments.method, "budget": arguments.budget}, display=lambda name: f"--{name}"
     )
+    if not config.rungs(arguments.prompt_tokens, page_size=1):
+        raise SystemExit(
+            f"--budget={arguments.budget:g}: keeps all {arguments.prompt_tokens} tokens"
+        )
     timings = {name: Timing() for name in (PREFILL, *STEPS, TOTAL)}
     prompts = _prompts(arguments)
     console = Console()
