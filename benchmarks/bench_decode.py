@@ -205,7 +205,7 @@ def plot(results: Sequence[tuple[Shape, dict[str, Timing]]], machine: str, path:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.supxlabel(machine, fontsize=7)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def _parser() -> argparse.ArgumentParser:
