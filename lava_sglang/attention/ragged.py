@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang.kernels.cpu.extend import extend_cpu
-from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
+from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
 from lava_sglang.mem_cache.tape import TapeTable
 
@@ -128,6 +128,17 @@ class LavaAttnBackend(GpuRaggedDecode):
 class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
     """SGLang's `torch_native` with a compiled decode over the tape, and an extend that does not
     compute the prefix's own attention again for every chunk."""
+
+    def __init__(self, runner: Any):
+        super().__init__(runner)
+        config, tp_size = runner.model_config, runner.tp_size
+        # Seconds on a new machine: here, and not in the first request.
+        compile_ragged_decode(
+            config.num_attention_heads // tp_size,
+            config.get_num_kv_heads(tp_size),
+            config.head_dim,
+            self.token_to_kv_pool.arena.dtype,
+        )
 
     def forward_decode(
         self,

@@ -24,6 +24,7 @@ from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.kernels.cpu.ragged_decode_jit import attend_kernel
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
@@ -144,12 +145,39 @@ def test_a_backend_that_decodes_from_the_tape_is_given_it(scheduler: Any) -> Non
     assert not hasattr(uniform, "tape")
 
 
+def cpu_runner(device: str) -> Any:
+    """What a backend reads of SGLang's ModelRunner; a layer's decode has 9 query heads for 3."""
+    return SimpleNamespace(
+        device=device,
+        tp_size=2,
+        model_config=SimpleNamespace(
+            num_attention_heads=18, get_num_kv_heads=lambda tp_size: 6 // tp_size, head_dim=64
+        ),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(5, dtype=torch.int32)[None]),
+        token_to_kv_pool=SimpleNamespace(arena=torch.ones(2, 2, 5, 3, 64)),
+    )
+
+
+def test_the_cpu_backend_has_compiled_its_decode_before_the_first_request(scheduler: Any) -> None:
+    backend = attention_registry.ATTENTION_BACKENDS["torch_native"](cpu_runner("cpu"))
+    compiled = attend_kernel(64, 3)
+    signatures = list(compiled.signatures)
+    assert signatures
+    backend.tape = TapeTable(1, 2, 3, "cpu")
+    layer = SimpleNamespace(layer_id=1, tp_q_head_num=9, qk_head_dim=64, scaling=0.125)
+    batch = SimpleNamespace(req_pool_indices=torch.zeros(1).long(), seq_lens=torch.tensor([5]))
+    q = torch.randn(1, 9 * 64)
+    out = backend.forward_decode(q, None, None, layer, batch, save_kv_cache=False)
+    torch.testing.assert_close(out, torch.ones_like(q))
+    assert list(compiled.signatures) == signatures
+
+
 def test_our_backends_are_registered_by_name(scheduler: Any) -> None:
     assert attention_registry.ATTENTION_BACKENDS["lava"] is LavaAttnBackend
     assert attention_registry.ATTENTION_BACKENDS["lava_flashinfer"] is LavaFlashInferAttnBackend
     made = {"cpu": LavaCpuAttnBackend, "cuda": TorchNativeAttnBackend}
     for device, backend in made.items():
-        runner = SimpleNamespace(device=device, req_to_token_pool=None, token_to_kv_pool=None)
+        runner = cpu_runner(device)
         found = attention_registry.ATTENTION_BACKENDS["torch_native"](runner)
         assert type(found) is backend
 
