@@ -63,7 +63,7 @@ class Cutter:
     def book_contexts(
         self, lengths: Sequence[int], new_tokens: int, most: int
     ) -> Iterator[Context]:
-        """Passages with the tokens that follow them, of books in turn, at places of their own."""
+        """Passages of any books, with the tokens that follow them."""
         for number in range(most if self.texts.books else 0):
             length = lengths[number % len(lengths)]
             title, start, passage = self.passage(number, length + new_tokens - len(self.before))
@@ -76,13 +76,14 @@ class Cutter:
             )
 
     def passage(self, number: int, size: int) -> tuple[str, int, list[int]]:
-        """Title, first token and `size` tokens of a book that is long enough: passage `number`."""
+        """Title, first token and `size` tokens of any book that is long enough."""
         books = [title for title in self.texts.books if len(self.book(title)) >= size]
         if not books:
             longest = max((len(self.book(title)) for title in self.texts.books), default=0)
             raise PassageError(f"a passage of {size} tokens: the longest text has {longest}")
-        title = books[number % len(books)]
-        start = self.random(number).randrange(len(self.book(title)) - size + 1)
+        choice = self.random(number)
+        title = choice.choice(books)
+        start = choice.randrange(len(self.book(title)) - size + 1)
         return title, start, self.book(title)[start : start + size]
 
     def row_contexts(self, lengths: Sequence[int]) -> Iterator[Context]:

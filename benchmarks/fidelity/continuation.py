@@ -7,8 +7,8 @@ server sees between its compression and its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lava_sglang.inspection.prefill import Prefill, forward
 from lava_sglang.kernels.select import Selection
+
+Key = TypeVar("Key")
 
 Columns = list[Tensor]
 """Kept prompt tokens of each head, int64, ascending; L * H of them, layer by layer."""
@@ -42,12 +44,30 @@ def continuation_logits(
     return forward(model, batch, prefill.prompt_len, _KeptPass(prefill, kept, len(tokens)))
 
 
+def continuations(
+    model: Any,
+    prefill: Prefill,
+    tokens: Sequence[int],
+    choices: Mapping[Key, Columns | None],
+    batch_tokens: int,
+) -> Iterator[tuple[Key, Tensor]]:
+    """Each key with its row of `continuation_logits`, [T, vocabulary]; `batch_tokens` or fewer new
+    tokens in a forward pass, but at least one row."""
+    rows = max(1, batch_tokens // len(tokens))
+    keys = list(choices)
+    for start in range(0, len(keys), rows):
+        part = keys[start : start + rows]
+        logits = continuation_logits(model, prefill, tokens, [choices[key] for key in part])
+        yield from zip(part, logits, strict=True)
+
+
 @torch.no_grad()
 def greedy(model: Any, prefill: Prefill, count: int, end_tokens: Sequence[int] = ()) -> list[int]:
     """Up to `count` tokens of the exact prompt's own answer, to before the first end token."""
     answer: list[int] = []
     tail = _GreedyPass(prefill, count)
     logits = prefill.logits
+    assert logits is not None
     while len(answer) < count:
         token = int(logits.argmax())
         if token in end_tokens:
@@ -63,7 +83,7 @@ class _KeptPass:
     """Attention of T new tokens in B rows, each with its own entries in every head."""
 
     def __init__(self, prefill: Prefill, kept: Sequence[Columns | None], count: int):
-        self.arena = prefill.arena
+        self.arena = prefill.arena[:, :, : prefill.prompt_len]
         self.kept = kept
         # [T, I + T]: a row of n kept entries uses the last n + T columns.
         self.mask = torch.zeros(
@@ -101,7 +121,7 @@ class _GreedyPass:
         self.prompt_len = prefill.prompt_len
         self.length = 0
         tail = arena.new_empty(*arena.shape[:2], most, *arena.shape[3:])
-        self.arena = torch.cat([arena, tail], dim=2)
+        self.arena = torch.cat([arena[:, :, : self.prompt_len], tail], dim=2)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         end = self.prompt_len + self.length

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from contexts import Context, Cutter
-from continuation import Columns, continuation_logits, greedy
+from continuation import continuation_logits, continuations, greedy
 from divergence_summary import FULL, as_json, tables
 from options import (
     add_method_arguments,
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from texts import load_texts
 from torch import Tensor
-from variants import Variant, choose
+from variants import Variant, Wanted
 
 from lava_sglang.inspection.prefill import Prefill, prefill
 
@@ -77,7 +77,9 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         ]
         full = results.get(context.name, FULL, None)
         if missing and not (full and full["skipped"]):
-            Comparison(model, context, arguments.new_tokens, results).run(missing, arguments.batch)
+            Comparison(model, context, arguments.new_tokens, results).run(
+                missing, arguments.batch_tokens
+            )
 
 
 class Comparison:
@@ -90,32 +92,29 @@ class Comparison:
         self.new_tokens = new_tokens
         self.started = time.process_time()
 
-    def run(self, wanted: Sequence[tuple[Variant, float]], batch: int) -> None:
+    def run(self, pairs: Sequence[tuple[Variant, float]], batch_tokens: int) -> None:
         """Adds a record for each (variant, budget), and one for the full prompt if there is none.
 
-        batch: choices of entries in one forward pass.
+        batch_tokens: new tokens in a forward pass, those of all rows together.
         """
-        window_size = max(variant.method.config.window_size for variant, _ in wanted)
+        window_size = max(variant.method.config.window_size for variant, _ in pairs)
         exact = prefill(self.model, self.context.prompt, window_size)
-        continuation = self._continuation(exact)
         # The first new token comes from the exact prompt on a server too: it is fed, not compared.
+        continuation = self._continuation(exact)
         fed, targets = continuation[:-1], torch.tensor(continuation[1:], device=self.model.device)
         skipped = len(fed) < min(LEAST_NEW_TOKENS, self.new_tokens)
-        if not skipped:
-            logits = continuation_logits(self.model, exact, fed, [None])[0]
-            expected = logits.float().log_softmax(dim=1)
-            nll = -float(expected.gather(1, targets[:, None]).mean())
         if self.results.get(self.context.name, FULL, None) is None:
             self._add(FULL, None, exact.prompt_len, skipped=skipped, continuation=continuation)
         if skipped:
             return
-        choices = _choices(wanted, exact)
-        for start in range(0, len(choices), batch):
-            part = list(choices)[start : start + batch]
-            logits = continuation_logits(self.model, exact, fed, [choices[key] for key in part])
-            for key, row in zip(part, logits, strict=True):
-                found = {**compare(expected, row, targets), "full_nll": nll}
-                self._add_all(wanted, exact.prompt_len, key, found)
+        logits = continuation_logits(self.model, exact, fed, [None])[0]
+        expected = logits.float().log_softmax(dim=1)
+        wanted = Wanted(pairs, exact.prompt_len)
+        choices = wanted.choices(exact)
+        for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
+            found = compare(expected, row, targets)
+            for budget in wanted.budgets(label, size):
+                self._add(label, budget, size, **found)
 
     def _continuation(self, exact: Prefill) -> list[int]:
         """The text's own next tokens, or the model's, which an earlier run may have recorded."""
@@ -127,18 +126,6 @@ class Comparison:
         ends = self.model.generation_config.eos_token_id
         end_tokens = ends if isinstance(ends, list) else [ends]
         return greedy(self.model, exact, self.new_tokens + 1, end_tokens)
-
-    def _add_all(
-        self,
-        wanted: Sequence[tuple[Variant, float]],
-        prompt_len: int,
-        key: tuple[str, int],
-        found: Record,
-    ) -> None:
-        """Two budgets may keep the same number of tokens: one measurement, two records."""
-        for variant, budget in wanted:
-            if (variant.label, variant.kept_tokens(budget, prompt_len)) == key:
-                self._add(variant.label, budget, key[1], **found)
 
     def _add(self, method: str, budget: float | None, kept: int, **values: Any) -> None:
         now = time.process_time()
@@ -154,23 +141,6 @@ class Comparison:
         }
         self.started = now
         self.results.add(record)
-
-
-def _choices(
-    wanted: Sequence[tuple[Variant, float]], exact: Prefill
-) -> dict[tuple[str, int], Columns | None]:
-    """(label, kept tokens) -> entries; each method scores the prompt once."""
-    budgets: dict[str, tuple[Variant, list[int]]] = {}
-    for variant, budget in wanted:
-        kept = variant.kept_tokens(budget, exact.prompt_len)
-        sizes = budgets.setdefault(variant.label, (variant, []))[1]
-        if kept not in sizes:
-            sizes.append(kept)
-    return {
-        (label, size): columns
-        for label, (variant, sizes) in budgets.items()
-        for size, columns in zip(sizes, choose(variant, exact, sizes), strict=True)
-    }
 
 
 def compare(expected: Tensor, logits: Tensor, targets: Tensor) -> Record:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bootstrap import Estimate, geometric_ratio, mean
 from results import Record
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 FULL = "full"
@@ -78,7 +79,7 @@ def tables(records: Iterable[Record], reference: str) -> Iterator[Table]:
         "nll_change": "Change in NLL, nats per token",
     }
     for field, title in headings.items():
-        table = Table(title=title)
+        table = Table(title=title, box=SIMPLE_HEAD)
         table.add_column("method")
         for budget, by_method in by_budget.items():
             contexts = max(cell.kl.n for cell in by_method.values())
@@ -92,7 +93,7 @@ def tables(records: Iterable[Record], reference: str) -> Iterator[Table]:
 def _shown(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    return f"{estimate.value:.3f}\n{estimate.low:.2f} to {estimate.high:.2f}"
+    return f"{estimate.value:.3f}\n{estimate.low:.2f}..{estimate.high:.2f}"
 
 
 def as_json(records: Iterable[Record], reference: str) -> dict[str, Any]:

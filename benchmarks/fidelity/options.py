@@ -55,7 +55,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         default=BUDGETS,
         help=f"tokens, or fractions of the prompt, window included (default {BUDGETS})",
     )
-    group.add_argument("--batch", type=int, default=8, help="choices of entries per forward pass")
+    group.add_argument(
+        "--batch-tokens", type=int, default=512, help="new tokens in a forward pass, all rows"
+    )
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +74,17 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model of `--model-path`, as `lava_sglang.inspection.prefill` takes it, and its tokenizer."""
+    """The model of `--model-path`, for `lava_sglang.inspection`, and its tokenizer."""
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"--dtype={arguments.dtype}: accepts float32, bfloat16 or float16")
     model = load_model(arguments.model_path, dtype, arguments.device)
-    return model, AutoTokenizer.from_pretrained(arguments.model_path)
+    return model, load_tokenizer(arguments)
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
+    return AutoTokenizer.from_pretrained(arguments.model_path)
 
 
 def variants_of(arguments: argparse.Namespace) -> list[Variant]:

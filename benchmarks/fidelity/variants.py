@@ -48,6 +48,32 @@ def parse_variants(
     return [_parse(spec, settings or {}, methods) for spec in specs]
 
 
+class Wanted:
+    """What is to be measured of one prompt: variants at budgets, each kept size of each once."""
+
+    def __init__(self, pairs: Iterable[tuple[Variant, float]], suffix_len: int):
+        self._budgets: dict[tuple[str, int], list[float]] = {}
+        self._sizes: dict[str, tuple[Variant, list[int]]] = {}
+        for variant, budget in pairs:
+            size = variant.kept_tokens(budget, suffix_len)
+            self._budgets.setdefault((variant.label, size), []).append(budget)
+            sizes = self._sizes.setdefault(variant.label, (variant, []))[1]
+            if size not in sizes:
+                sizes.append(size)
+
+    def choices(self, prefill: Prefill) -> dict[tuple[str, int], Columns | None]:
+        """(label, kept tokens) -> the entries; each variant scores the prompt once."""
+        return {
+            (label, size): columns
+            for label, (variant, sizes) in self._sizes.items()
+            for size, columns in zip(sizes, choose(variant, prefill, sizes), strict=True)
+        }
+
+    def budgets(self, label: str, size: int) -> list[float]:
+        """The budgets that come to this kept size."""
+        return self._budgets[label, size]
+
+
 def choose(
     variant: Variant, prefill: Prefill, budgets: Sequence[int], shared_prefix_len: int = 0
 ) -> list[Columns | None]:
