@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -56,6 +57,12 @@ class ServerClient:
             kept_tokens=info.get("kept_tokens", len(prompt)),
             reason=info.get("reason", ""),
         )
+
+    def scope(self) -> str:
+        """What the server compresses: "suffix" or "prompt"."""
+        info = self._http.get("/server_info").raise_for_status().json()
+        config = json.loads(info.get("kv_compression_config") or "{}")
+        return str(config.get("scope", "suffix"))
 
     def flush_cache(self) -> None:
         """Empty the radix tree; waits for requests that have not left the scheduler yet."""

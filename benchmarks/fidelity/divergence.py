@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.plot is not None:
         from plots import plot_divergence
 
-        plot_divergence(results, arguments.plot)
+        plot_divergence(results, arguments.plot, arguments.reference)
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:

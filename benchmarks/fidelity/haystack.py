@@ -34,6 +34,7 @@ class Needle(NamedTuple):
     tokens: list[int]
     question_start: int  # first token after the text
     answer_start: int  # first token of the answer
+    key: str  # what the fact is about
     answer: str
     depth: float  # share of the text that stands before the needle
     length: int  # tokens before the answer
@@ -66,15 +67,15 @@ def needle(
     keys = choice.sample(_KEYS, distractors + 1)
     answers = [_answer(kind, choice) for _ in keys]
     facts = [
-        cutter.encode(f" {_lead(key)} {answer}.") for key, answer in zip(keys, answers, strict=True)
+        cutter.encode(f" {lead(key)} {answer}.") for key, answer in zip(keys, answers, strict=True)
     ]
     before, after = cutter.around(f"{PLACE}\n\nWhat is the secret code of {keys[0]}?")
-    question = after + cutter.encode(_lead(keys[0]))
+    question = after + cutter.encode(lead(keys[0]))
     size = length - len(before) - len(question) - sum(len(fact) for fact in facts)
     title, start, text = cutter.passage(number, size)
     depths = [(part + choice.random()) / DEPTH_BINS]
     depths += [choice.random() for _ in range(distractors)]
-    places = [_sentence_end(cutter, text, round(depth * size)) for depth in depths]
+    places = [sentence_end(cutter, text, round(depth * size)) for depth in depths]
     # From the last place to the first, so that an insertion moves no other.
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
         text = text[:place] + fact + text[place:]
@@ -84,6 +85,7 @@ def needle(
         tokens=before + text + question + cutter.encode(f" {answers[0]}"),
         question_start=len(before) + len(text),
         answer_start=length,
+        key=keys[0],
         answer=answers[0],
         depth=places[0] / size,
         length=length,
@@ -91,7 +93,8 @@ def needle(
     )
 
 
-def _lead(key: str) -> str:
+def lead(key: str) -> str:
+    """How the fact begins, and the reply."""
     return f"The secret code of {key} is"
 
 
@@ -103,7 +106,7 @@ def _answer(kind: str, choice: random.Random) -> str:
     return "".join(choice.choice("0123456789") for _ in range(int(kind.removeprefix("digits"))))
 
 
-def _sentence_end(cutter: Cutter, text: Sequence[int], wanted: int) -> int:
+def sentence_end(cutter: Cutter, text: Sequence[int], wanted: int) -> int:
     """The place nearest to `wanted` that follows a sentence, or `wanted` if none is near."""
     for distance in range(64):
         for place in (wanted - distance, wanted + distance):

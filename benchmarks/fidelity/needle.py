@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from client import ServerClient
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=integers, default="1024,2048,4096", help="tokens")
     parser.add_argument("--distractors", type=int, default=0, help="facts about other names")
     parser.add_argument("--questions", nargs="+", choices=(INSIDE, AFTER), default=[INSIDE, AFTER])
+    parser.add_argument("--plot-depths", type=Path, help="draw depth by length to this file")
     arguments = parser.parse_args(argv)
     through = "needle" if arguments.server is None else "needle on a server"
     results = open_results(arguments, KEY_FIELDS, through)
@@ -61,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from plots import plot_needles
 
         plot_needles(results, arguments.plot)
+    if arguments.plot_depths is not None:
+        from plots import plot_depths
+
+        plot_depths(results, arguments.plot_depths)
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the choice of texts")
 
 
-def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+def add_method_arguments(
+    parser: argparse.ArgumentParser, methods: Sequence[str] = tuple(METHODS), budgets: str = BUDGETS
+) -> None:
+    """methods, budgets: the defaults."""
     group = parser.add_argument_group("methods")
     group.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=list(methods),
         metavar="METHOD",
         help="names, with settings of their own after a colon: lava:pool_width=15,window_size=64",
     )
@@ -52,15 +55,15 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--budgets",
         type=_argument(parse_budgets),
-        default=BUDGETS,
-        help=f"tokens, or fractions of the prompt, window included (default {BUDGETS})",
+        default=budgets,
+        help=f"tokens, or fractions of the prompt, window included (default {budgets})",
     )
     group.add_argument(
         "--batch-tokens", type=int, default=512, help="new tokens in a forward pass, all rows"
     )
 
 
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+def add_result_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("--results", type=Path, help="JSON lines, one per measurement")
     group.add_argument(
@@ -70,7 +73,8 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with what --results holds (default)",
     )
     group.add_argument("--json", type=Path, help="write the summary to this file too")
-    group.add_argument("--plot", type=Path, help="draw the summary to this file (.png, .svg)")
+    if plot:
+        group.add_argument("--plot", type=Path, help="draw the summary to this file (.png, .svg)")
 
 
 def load_model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
