@@ -9,10 +9,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import needle_summary
+from bootstrap import Estimate
 from divergence_summary import cells as divergence_cells
 from haystack import DEPTH_BINS
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from needle_summary import FULL
+from needle_summary import FULL, INSIDE
 from results import Record
 
 PANEL = (4.5, 3.6)  # inches
@@ -23,13 +24,13 @@ def plot_divergence(records: Iterable[Record], path: Path, reference: str) -> No
     by_budget = divergence_cells(list(records), reference)
     tokens = [budget for budget in by_budget if budget > 1]
     methods = dict.fromkeys(method for budget in tokens for method in by_budget[budget])
-    figure, (kl, ratio) = plt.subplots(1, 2, figsize=(2 * PANEL[0], PANEL[1]))
-    for method in methods:
+    figure, (kl, ratio) = plt.subplots(1, 2, figsize=(2 * PANEL[0], PANEL[1]), layout="constrained")
+    for number, method in enumerate(methods):
         at = [budget for budget in tokens if method in by_budget[budget]]
-        _line(kl, method, at, [by_budget[budget][method].kl for budget in at])
+        _line(kl, number, method, at, [by_budget[budget][method].kl for budget in at])
         at = [budget for budget in at if by_budget[budget][method].ratio is not None]
         if method != reference:
-            _line(ratio, method, at, [by_budget[budget][method].ratio for budget in at])
+            _line(ratio, number, method, at, [by_budget[budget][method].ratio for budget in at])
     ratio.axhline(1, color="black", linewidth=0.8)
     kl.set_title("KL(full || compressed), nats per token")
     ratio.set_title(f"KL, ratio to {reference}")
@@ -43,13 +44,22 @@ def plot_divergence(records: Iterable[Record], path: Path, reference: str) -> No
 def plot_needles(records: Iterable[Record], path: Path) -> None:
     """Exact match by budget, a panel for each kind and place of the question."""
     groups = needle_summary.cells(list(records))
+    if not groups:
+        raise ValueError("no needle was found in full: nothing to draw")
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    size = (columns * PANEL[0], rows * PANEL[1])
     figure, panels = plt.subplots(
-        *_grid(len(groups)), figsize=_size(len(groups)), squeeze=False, sharey=True
+        rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
+    for axes in panels.flat[len(groups) :]:
+        axes.set_visible(False)
     for axes, (group, by_choice) in zip(panels.flat, groups.items(), strict=False):
-        for method in dict.fromkeys(method for method, _ in by_choice if method != FULL):
+        methods = dict.fromkeys(method for method, _ in by_choice if method != FULL)
+        for number, method in enumerate(methods):
             at = sorted(b for name, b in by_choice if name == method and b is not None and b > 1)
-            _line(axes, method, at, [by_choice[method, budget].exact_match for budget in at])
+            found = [by_choice[method, budget].exact_match for budget in at]
+            _line(axes, number, method, at, found)
             _budget_axis(axes, at)
         axes.set_title(f"{group.kind}, question {group.question}", fontsize="medium")
         axes.set_ylim(-0.05, 1.05)
@@ -57,25 +67,38 @@ def plot_needles(records: Iterable[Record], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_depths(records: Iterable[Record], path: Path) -> None:
-    """Exact match by length and depth of the answerable needles, a panel for each choice."""
+def plot_depths(records: Iterable[Record], path: Path, question: str = INSIDE) -> None:
+    """Exact match by length and depth, all kinds together; methods in rows, budgets in columns."""
     by_choice: dict[tuple[str, float], list[Record]] = {}
     for record in needle_summary.answerable(records):
-        if record["method"] != FULL:
+        if record["method"] != FULL and record["question"] == question:
             by_choice.setdefault((record["method"], record["budget"]), []).append(record)
+    if not by_choice:
+        raise ValueError(
+            f"no needle with the question {question} was found in full: nothing to draw"
+        )
+    methods = list(dict.fromkeys(method for method, _ in by_choice))
+    budgets = sorted({budget for _, budget in by_choice}, key=lambda b: (b <= 1, b))
+    lengths = sorted({record["length"] for found in by_choice.values() for record in found})
     figure, panels = plt.subplots(
-        *_grid(len(by_choice)), figsize=_size(len(by_choice)), squeeze=False
+        len(methods),
+        len(budgets),
+        figsize=(2.6 * len(budgets), 2.2 * len(methods)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
-    for axes, ((method, budget), found) in zip(panels.flat, by_choice.items(), strict=False):
-        lengths = sorted({record["length"] for record in found})
+    for (method, budget), found in by_choice.items():
+        axes = panels[methods.index(method), budgets.index(budget)]
         rows = depth_by_length(found, lengths)
         image = axes.imshow(rows, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_title(f"{method}, b={budget:g}", fontsize="medium")
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(DEPTH_BINS), [f"{i / DEPTH_BINS:g}" for i in range(DEPTH_BINS)])
-        axes.set_ylabel("depth")
-        axes.set_xlabel("tokens")
-        figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=panels, label="exact match")
+    figure.supxlabel("tokens of the prompt")
+    figure.supylabel("depth of the needle")
     _save(figure, path)
 
 
@@ -96,13 +119,17 @@ def depth_by_length(records: Iterable[Record], lengths: Sequence[int]) -> list[l
     ]
 
 
-def _line(axes: Any, label: str, budgets: Sequence[float], estimates: Sequence[Any]) -> None:
+def _line(
+    axes: Any, number: int, label: str, budgets: Sequence[float], estimates: Sequence[Estimate]
+) -> None:
+    """A method's line; `number` gives it the same colour in every panel."""
     values = [estimate.value for estimate in estimates]
     spans = [
         [estimate.value - estimate.low for estimate in estimates],
         [estimate.high - estimate.value for estimate in estimates],
     ]
-    axes.errorbar(budgets, values, yerr=spans, label=label, marker="o", markersize=3, capsize=2)
+    style = {"color": f"C{number}", "marker": "o", "markersize": 3, "capsize": 2}
+    axes.errorbar(budgets, values, yerr=spans, label=label, **style)
 
 
 def _budget_axis(axes: Any, budgets: Sequence[float]) -> None:
@@ -114,17 +141,6 @@ def _budget_axis(axes: Any, budgets: Sequence[float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _grid(panels: int) -> tuple[int, int]:
-    columns = min(4, max(1, panels))
-    return -(-max(1, panels) // columns), columns
-
-
-def _size(panels: int) -> tuple[float, float]:
-    rows, columns = _grid(panels)
-    return columns * PANEL[0], rows * PANEL[1]
-
-
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
