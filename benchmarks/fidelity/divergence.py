@@ -7,7 +7,6 @@ In process, on transformers, with the choices of `lava_sglang.policy`: what the 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from options import (
     load_model_and_tokenizer,
     open_results,
     variants_of,
+    write_summary,
 )
 from results import Record, Results
 from rich.console import Console
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(results, arguments.reference):
         console.print(table)
-    if arguments.json is not None:
-        summary = as_json(results, arguments.reference)
-        arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+    write_summary(arguments, as_json(results, arguments.reference))
     if arguments.plot is not None:
         from plots import plot_divergence
 

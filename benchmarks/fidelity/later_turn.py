@@ -29,6 +29,7 @@ from options import (
     load_model_and_tokenizer,
     open_results,
     variants_of,
+    write_summary,
 )
 from results import Record, Results
 from rich.console import Console
@@ -64,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = open_results(arguments, KEY_FIELDS, "later_turn", "min_tokens")
     measure(arguments, results)
     Console().print(table(results))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(results), indent=2) + "\n")
+    write_summary(arguments, as_json(results))
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:

@@ -8,7 +8,6 @@ running server by the text that it generates.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from options import (
     load_tokenizer,
     open_results,
     variants_of,
+    write_summary,
 )
 from results import Record, Results
 from rich.console import Console
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(results):
         console.print(table)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(results), indent=2) + "\n")
+    write_summary(arguments, as_json(results))
     if arguments.plot is not None:
         from plots import plot_needles
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import commit, cpu_model
 from results import Results
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -102,6 +103,13 @@ def open_results(
     names = ("model_path", "dtype", "seed", "config", *fields)
     settings = {"command": command} | {name: getattr(arguments, name) for name in names}
     return Results(arguments.results, key_fields, settings, arguments.resume)
+
+
+def write_summary(arguments: argparse.Namespace, summary: Any) -> None:
+    """To `--json`, if given, with the machine and commit that it belongs to."""
+    if arguments.json is not None:
+        made = {"machine": cpu_model(), "device": arguments.device, "commit": commit()}
+        arguments.json.write_text(json.dumps({**made, "summary": summary}, indent=2) + "\n")
 
 
 def integers(text: str) -> list[int]:

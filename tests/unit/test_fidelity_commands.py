@@ -64,7 +64,9 @@ def test_divergence_measures_every_choice_once(
     for source in ("book", "qasper"):
         assert abs(kl[source, "lava", 1]) < 1e-6, "nothing is dropped"
         assert kl[source, "lava", 0.25] > 1e-3
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["machine"] and written["commit"] and written["device"] == "cpu"
+    summary = written["summary"]
     assert summary["contexts"] == 2
     cell = summary["groups"]["book"]["0.25"]["random"]
     expected = kl["book", "random", 0.25] / kl["book", "lava", 0.25]
