@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from continuation import Columns, kept_columns
-from torch import Tensor
 
+from lava_sglang import policy
 from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
 from lava_sglang.inspection.prefill import Prefill
-from lava_sglang.policy import METHODS, Method, PromptView, keep
+from lava_sglang.policy import METHODS, Method
 
 
 class Variant(NamedTuple):
@@ -28,7 +28,7 @@ class Variant(NamedTuple):
         """b, as a server with pages of one token computes it; the suffix's length if it is less."""
         settings = self.method.config.model_dump() | {"budget": budget}
         config = KVCompressionConfig.parse(settings, "{} of a variant".format)
-        return min(config.kept_tokens(suffix_len, 1), suffix_len)
+        return next(iter(config.rungs(suffix_len, 1)), suffix_len)
 
 
 def parse_variants(
@@ -79,33 +79,19 @@ def choose(
 ) -> list[Columns | None]:
     """What the variant keeps of a prompt at each budget b; None where b covers the suffix.
 
-    The same calls that the server makes: `lava_sglang.policy.keep` on a PromptView.
+    The calls that the server makes: `rank` and `choose` of `lava_sglang.policy` on a PromptView.
     """
     suffix_len = prefill.prompt_len - shared_prefix_len
     if all(budget >= suffix_len for budget in budgets):
         return [None] * len(budgets)
     prompt = prefill.view(variant.method.config.window_size, shared_prefix_len)
-    method = cast(Method, _ScoredOnce(variant.method, prompt))
+    ranking = policy.rank(variant.method, prompt)
     return [
         None
         if budget >= suffix_len
-        else kept_columns(keep(method, prompt, budget), shared_prefix_len)
+        else kept_columns(policy.choose(variant.method, ranking, prompt, budget), shared_prefix_len)
         for budget in budgets
     ]
-
-
-class _ScoredOnce:
-    """A method whose scores of one prompt are computed once for all budgets."""
-
-    def __init__(self, method: Method, prompt: PromptView):
-        self._method = method
-        self._scores = method.score(prompt)
-
-    def score(self, prompt: PromptView) -> Tensor:
-        return self._scores
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
 
 
 def _parse(spec: str, settings: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> Variant:
