@@ -79,10 +79,13 @@ def needle(
     # From the last place to the first, so that an insertion moves no other.
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
         text = text[:place] + fact + text[place:]
+    answer_ids = cutter.encode(f" {answers[0]}")
+    if len(answer_ids) < 2:
+        raise ValueError(f"{kind}: the model's tokenizer makes one token of it, needs 2 or more")
     return Needle(
         name=f"{kind}/{number}/{title}@{start}+{length}/{distractors}",
         kind=kind,
-        tokens=before + text + question + cutter.encode(f" {answers[0]}"),
+        tokens=before + text + question + answer_ids,
         question_start=len(before) + len(text),
         answer_start=length,
         key=keys[0],
@@ -95,7 +98,7 @@ def needle(
 
 def lead(key: str) -> str:
     """How the fact begins, and the reply."""
-    return f"The secret code of {key} is"
+    return f"The secret code of {key}:"
 
 
 def _answer(kind: str, choice: random.Random) -> str:

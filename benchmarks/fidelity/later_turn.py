@@ -12,7 +12,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from client import ServerClient
 from contexts import Cutter
@@ -38,10 +38,10 @@ from texts import load_texts
 from trial import score_answer
 from variants import choose
 
+from lava_sglang.config import Scope
 from lava_sglang.inspection.prefill import prefill
 from lava_sglang.server_process import Server, machine_options
 
-SCOPES = ("suffix", "prompt")
 REPLY_TOKENS = 24
 KEY_FIELDS = ("conversation", "scope", "turn", "method", "budget")
 
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_method_arguments(parser, methods=["lava"], budgets="128,0.25")
     add_result_arguments(parser, plot=False)
     parser.add_argument("--url", help="a running server; default: starts its own, one per scope")
-    parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
+    parser.add_argument(
+        "--scopes", nargs="+", choices=get_args(Scope), default=["suffix", "prompt"]
+    )
     parser.add_argument("--min-tokens", type=int, default=128, help="of servers it starts")
     parser.add_argument("--conversations", type=int, default=20, help="of every form")
     parser.add_argument("--forms", nargs="+", choices=list(TURNS), default=list(TURNS))
@@ -165,11 +167,11 @@ def _ask_after(
         return
     window_size = max(variant.method.config.window_size for variant, _ in missing)
     exact = prefill(model, told["history"], window_size)
-    fed = conversation.pieces[-1] + conversation.answer_ids
+    fed = conversation.pieces[-1] + conversation.answer_ids[:-1]
     for variant, budget in missing:
         size = variant.kept_tokens(budget, exact.prompt_len)
-        logits = continuation_logits(model, exact, fed, choose(variant, exact, [size]))[0, :-1]
-        values = score_answer(logits[-len(conversation.answer_ids) :], fed)
+        logits = continuation_logits(model, exact, fed, choose(variant, exact, [size]))[0]
+        values = score_answer(logits, conversation.answer_ids)
         results.add(
             {
                 "conversation": conversation.name,

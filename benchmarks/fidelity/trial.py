@@ -41,30 +41,30 @@ class Trial:
 
     def _ask(self, question: str, exact: Prefill, pairs: Pairs, batch_tokens: int) -> None:
         needle, results = self.needle, self.results
-        fed = needle.tokens[exact.prompt_len :]
+        fed = needle.tokens[exact.prompt_len : -1]
         wanted = Wanted(pairs, exact.prompt_len)
         choices: dict[tuple[str, int], Columns | None] = {**wanted.choices(exact)}
         if results.get(needle.name, question, FULL, None) is None:
             choices[FULL, exact.prompt_len] = None
         for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
-            logits = row[:-1]
-            if exact.logits is not None:  # of the answer's first token, exact on a server too
-                logits = torch.cat([exact.logits[None], logits])
-            values = score_answer(logits[-needle.answer_tokens :], needle.tokens)
+            values = score_answer(row, needle.tokens[needle.answer_start :])
             budgets = [None] if label == FULL else wanted.budgets(label, size)
             for budget in budgets:
                 results.add(needle_record(needle, question, label, budget, size, values))
 
 
-def score_answer(logits: Tensor, tokens: Sequence[int]) -> Record:
-    """Of the last tokens, whose predictions are `logits` [answer tokens, vocabulary].
+def score_answer(logits: Tensor, answer: Sequence[int]) -> Record:
+    """How well `logits` [T, vocabulary] end with the answer, all of it but its first token.
 
-    Returns exact_match, 1 if each is the most likely, and nll, mean nats per answer token.
+    With the question inside the prompt the first token comes from the exact prefill, on a server
+    too, and says nothing of what was kept. Returns exact_match, 1 if each of the others is the most
+    likely, and nll, their mean in nats.
     """
-    answer = torch.tensor(tokens[-len(logits) :], device=logits.device)
-    likelihoods = logits.float().log_softmax(dim=1).gather(1, answer[:, None])
+    expected = torch.tensor(answer[1:], device=logits.device)
+    logits = logits[-len(expected) :]
+    likelihoods = logits.float().log_softmax(dim=1).gather(1, expected[:, None])
     return {
-        "exact_match": float((logits.argmax(dim=1) == answer).all()),
+        "exact_match": float((logits.argmax(dim=1) == expected).all()),
         "nll": -float(likelihoods.mean()),
     }
 

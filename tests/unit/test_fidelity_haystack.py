@@ -26,17 +26,17 @@ def test_needles_are_in_the_text_where_they_say(cutter: Cutter) -> None:
     for needle in found:
         text = cutter.tokenizer.decode(needle.tokens[: needle.question_start])
         fact = text[text.index(" The secret code of") :]
-        key = fact.split()[4]
-        assert fact.startswith(f" The secret code of {key} is {needle.answer}.")
+        key = fact.split()[4].removesuffix(":")
+        assert fact.startswith(f" The secret code of {key}: {needle.answer}.")
         before = text[text.index("[user]") + len("[user]") : text.index(fact)]
-        after = fact.removeprefix(f" The secret code of {key} is {needle.answer}.")
+        after = fact.removeprefix(f" The secret code of {key}: {needle.answer}.")
         assert needle.depth == pytest.approx(len(before) / (len(before) + len(after)), abs=1e-9)
         assert before.rstrip().endswith("."), "a fact stands between sentences"
         assert before + after in SENTENCES
         question = cutter.tokenizer.decode(needle.tokens[needle.question_start :])
         assert question == (
             f"\n\nWhat is the secret code of {key}?\n[assistant]"
-            f"The secret code of {key} is {needle.answer}"
+            f"The secret code of {key}: {needle.answer}"
         )
         assert cutter.tokenizer.decode(needle.tokens[needle.answer_start :]) == f" {needle.answer}"
         assert needle.answer_start == needle.length
@@ -64,7 +64,7 @@ def test_every_part_of_the_text_gets_needles_of_every_length(cutter: Cutter) -> 
 def test_distractors_are_facts_about_other_keys(cutter: Cutter) -> None:
     for needle in needles(cutter, ["digits5"], [900], 10, distractors=3):
         text = cutter.tokenizer.decode(needle.tokens[: needle.question_start])
-        keys = [fact.split()[0] for fact in text.split("The secret code of ")[1:]]
+        keys = [fact.split(":")[0] for fact in text.split("The secret code of ")[1:]]
         assert len(set(keys)) == 4
         assert text.count(needle.answer) == 1
         assert len(needle.tokens) == 900 + needle.answer_tokens

@@ -50,8 +50,8 @@ class FakeServer:
         text = TOKENIZER.decode(prompt)
         answer = "Well said."
         if "secret code of" in text.rsplit("[assistant]", 1)[1]:
-            key = text.rsplit(" of ", 1)[1].split()[0]
-            answer = text.split(f"The secret code of {key} is ")[1].split(".")[0]
+            key = text.rsplit(" of ", 1)[1].removesuffix(":")
+            answer = text.split(f"The secret code of {key}: ")[1].split(".")[0]
         ids = TOKENIZER.encode(answer)
         on = "enabled" not in kv_compression
         return Reply(f" {answer}", [*ids, END], 0, on, 40 if on else len(prompt), "")
@@ -74,7 +74,7 @@ def test_a_fact_is_told_in_one_turn_and_asked_for_in_the_last(cutter: Cutter) ->
     assert [len(conversation.pieces) for conversation in found[:2]] == [2, 5]
     for conversation in found:
         pieces = [TOKENIZER.decode(piece) for piece in conversation.pieces]
-        fact = f"is {conversation.answer}."
+        fact = f": {conversation.answer}."
         assert sum(fact in piece for piece in pieces) == 1
         for piece in pieces[:-1]:
             assert piece.endswith("in one sentence.\n[assistant]")
