@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
 from lava_sglang.attention.backend import attach_tape, capture_queries, register_backends
+from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
@@ -102,19 +103,30 @@ class LavaScheduler(Scheduler):
         def arena_pool(result: Any, platform: Any, *, kind: str) -> Any:
             return LavaMHATokenToKVPool if kind == "mha" else result
 
-        def shift_positions(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+        def cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
+            num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
+            return result + num_layers * num_kv_heads * SCORE_DTYPE.itemsize
+
+        def prepare_decode(
+            forward_batch: Any, cls: type, batch: Any, *args: Any, **kwargs: Any
+        ) -> None:
             tape = coordinator.tape
-            if tape is not None and forward_batch.forward_mode.is_decode():
-                forward_batch.positions = tape.shift(
-                    forward_batch.positions, forward_batch.req_pool_indices
-                )
+            if tape is None or not forward_batch.forward_mode.is_decode():
+                return
+            forward_batch.positions = tape.shift(
+                forward_batch.positions, forward_batch.req_pool_indices
+            )
+            if tape.host is not None:  # SGLang hands the rows over with extend batches only
+                forward_batch.req_pool_indices_cpu = batch.req_pool_indices_cpu
 
         def add_log_parts(parts: list[str], *args: Any) -> list[str]:
             return parts + self.kv_compression_log_parts()
 
         hooks.add(f"sglang.{seams.POOL.target}", arena_pool)
         hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
-        hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
+        if coordinator.config.has_ladder:
+            hooks.add(f"sglang.{seams.CELL_SIZE.target}", cell_size)
+        hooks.add(f"sglang.{seams.POSITIONS.target}", prepare_decode)
         hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)
         hooks.add(f"sglang.{seams.DECODE_LOG.target}", add_log_parts)
         hooks.apply(check_seams=True)

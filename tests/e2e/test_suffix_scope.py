@@ -22,14 +22,16 @@ from tests.oracle import (
     adakv_keep,
     assert_same_tokens,
     lava_keep,
+    lava_span_keep,
     pyramidkv_keep,
     snapkv_keep,
     streamingllm_keep,
 )
 
-BUDGETS = [0.5, 0.25, 64]
+BUDGETS = [0.5, 0.25, 0.125, 64]
 KEEP = {
     "lava": lava_keep,
+    "lava_span": lava_span_keep,
     "snapkv": snapkv_keep,
     "adakv": adakv_keep,
     "pyramidkv": pyramidkv_keep,
@@ -55,8 +57,8 @@ def test_compressed_text_is_the_oracles(
     stock_tokens: list[list[int]],
 ) -> None:
     """Invariant 5, cold tree: several methods and budgets in one batch, chunked and not."""
-    budgets = [BUDGETS[i % 3] for i in range(len(prompts))]
-    methods = [METHODS[i % 5] for i in range(len(prompts))]
+    budgets = [BUDGETS[i % len(BUDGETS)] for i in range(len(prompts))]
+    methods = [METHODS[i % len(METHODS)] for i in range(len(prompts))]
     settings: list[Any] = [
         {"budget": budget, "method": method}
         for budget, method in zip(budgets, methods, strict=True)
@@ -122,7 +124,7 @@ def test_shared_prefix_stays_exact(
 ) -> None:
     """Invariant 5 with a cached prefix: one document, several questions, compressed or not."""
     start = 30_000 + 3_000 * METHODS.index(method)
-    document, *questions = cut(tokens, [500, 150, 200, 420], start)
+    document, *questions = cut(tokens, [500, 150, 200, 300, 420], start)
     first = generate(server.url, document, 1)
     assert info(first)["reason"] == "no_decode"
     prompts = [document + question for question in questions]
@@ -172,7 +174,7 @@ BAD_REQUESTS = [
         "kv_compression.budget=20: accepts a fraction",
     ),
     ({"budget": "much"}, "kv_compression.budget='much': accepts a fraction"),
-    ({"method": "lru"}, "kv_compression.method='lru': accepts one of lava, adakv"),
+    ({"method": "lru"}, "kv_compression.method='lru': accepts one of lava, lava_span, adakv"),
     ({"enabled": 3}, "kv_compression.enabled=3: accepts true or false"),
     ({"bugdet": 0.1}, "kv_compression.bugdet=0.1: unknown field, accepts enabled, method, budget"),
 ]
