@@ -120,6 +120,49 @@ def tape_owners_ref(offsets: torch.Tensor) -> torch.Tensor:
     return columns.repeat_interleave(offsets.diff())
 
 
+def tape_pages_ref(
+    pages: torch.Tensor,
+    starts: torch.Tensor,
+    arena: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+) -> None:
+    """`flashinfer_decode.tape_pages`, one request and layer at a time. Mutates `pages`."""
+    num_layers, _, slots, num_kv_heads, _ = arena.shape
+    for i, row in enumerate(req_pool_indices.tolist()):
+        prefix_len, budget = int(prefix_lens[row]), int(budgets[row])
+        for layer in range(num_layers if budget else 0):
+            piece = offsets[row, layer * num_kv_heads : (layer + 1) * num_kv_heads + 1]
+            place = torch.arange(int(piece[0]), int(piece[-1]), device=pages.device)
+            column, slot = place // budget, req_to_token[row, prefix_len + place % budget].long()
+            plane = 2 * (column // num_kv_heads)
+            start = int(starts[layer, i])
+            pages[start : start + len(place)] = (
+                (plane * slots + slot) * num_kv_heads + column % num_kv_heads
+            ).int()
+
+
+def exact_slots_ref(
+    slots: torch.Tensor,
+    indptr: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    longest: int,
+) -> None:
+    """`flashinfer_decode.exact_slots`, one request at a time. Mutates `slots`."""
+    for i, row in enumerate(req_pool_indices.tolist()):
+        start, end = indptr[i : i + 2].tolist()
+        place = torch.arange(end - start, device=slots.device)
+        position = place.where(place < prefix_lens[row], place + budgets[row])
+        slots[start:end] = req_to_token[row, position]
+
+
 def compact_ref(
     arena: torch.Tensor,
     src_slots: torch.Tensor,

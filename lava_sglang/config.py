@@ -34,11 +34,12 @@ POOLED_HEAD_METHODS = ("lava", "lava_span", "adakv")
 
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 
-DECODE_BACKEND = "lava"
-"""The name of our attention backend: the only one that decodes ragged requests on a GPU."""
+DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
+"""Decode kernel -> name of our attention backend: only these decode ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt", "auto"]
 Trigger = Literal["always", "pressure"]
+DecodeKernel = Literal["triton", "flashinfer"]
 
 _ACCEPTS = {
     "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
@@ -57,6 +58,7 @@ _ACCEPTS = {
     "uniform_heads": "true or false",
     "head_floor": "a share from 0 to 1, with one of the methods "
     f"{', '.join(POOLED_HEAD_METHODS)} and without uniform_heads",
+    "decode_kernel": "'triton' or 'flashinfer'",
     "enabled": "true or false",
 }
 
@@ -104,6 +106,8 @@ class KVCompressionConfig(BaseModel):
     uniform_heads: bool = False
     # Share of the layer's mean that every head keeps at least. None: the method's own.
     head_floor: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    # What a ragged method decodes by on a GPU; flashinfer runs without a CUDA graph of decode.
+    decode_kernel: DecodeKernel = "triton"
 
     @field_validator("method")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lava_sglang.kernels.compact import compact_triton
+from lava_sglang.kernels.flashinfer_decode import exact_slots_triton, tape_pages_triton
 from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
 from lava_sglang.kernels.select import select_triton
@@ -50,6 +51,7 @@ def cases(full: bool) -> list[Case]:
         *(_compact(*shape) for shape in copied),
         *(_move(*shape) for shape in copied),
         *(_select(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
+        *(_page_lists(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
         *(_layer_split(num_layers) for num_layers in ((32, 80, 128) if full else (32,))),
     ]
 
@@ -143,6 +145,33 @@ def _select(num_kv_heads: int) -> Case:
         select_triton(scores, counts, BUDGET, 64, WINDOW, head_floor=20)
 
     return Case(f"select H{num_kv_heads}", launch)
+
+
+def _page_lists(num_kv_heads: int) -> Case:
+    def launch() -> None:
+        bs, rows = 16, 64
+        table = torch.zeros(rows, dtype=torch.int32)
+        batch = (torch.zeros(rows, 8192, dtype=torch.int32), torch.zeros(bs, dtype=torch.int64))
+        tape_pages_triton(
+            torch.empty(SLOTS, dtype=torch.int32),
+            torch.zeros(LAYERS, bs, dtype=torch.int64),
+            torch.empty(LAYERS, 2, SLOTS, num_kv_heads, 128),
+            *batch,
+            table,
+            table,
+            torch.zeros(rows, LAYERS * num_kv_heads + 1, dtype=torch.int32),
+            BUDGET * num_kv_heads,
+        )
+        exact_slots_triton(
+            torch.empty(SLOTS, dtype=torch.int32),
+            torch.zeros(bs + 1, dtype=torch.int32),
+            *batch,
+            table,
+            table,
+            PROMPT,
+        )
+
+    return Case(f"page lists H{num_kv_heads}", launch)
 
 
 def _layer_split(num_layers: int) -> Case:

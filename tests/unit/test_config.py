@@ -73,6 +73,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("head_floor", math.nan, HEAD_FLOOR_RANGE),
     ("head_floor", "0.2", HEAD_FLOOR_RANGE),
     ("head_floor", True, HEAD_FLOOR_RANGE),
+    ("decode_kernel", "cuda", "'triton' or 'flashinfer'"),
+    ("decode_kernel", None, "'triton' or 'flashinfer'"),
 ]
 
 
@@ -120,6 +122,7 @@ def test_all_bad_values_are_reported_together() -> None:
         "sink_tokens": -1,
         "scope": "all",
         "seed": -1,
+        "decode_kernel": "cuda",
         "window": 1,
     }
     found = reasons(bad)
