@@ -58,7 +58,7 @@ def test_compressed_text_is_the_oracles(
 ) -> None:
     """Invariant 5, cold tree: several methods and budgets in one batch, chunked and not."""
     methods = [METHODS[i % len(METHODS)] for i in range(len(prompts))]
-    # A step further each round of methods, so that every method meets every budget.
+    # A step further each round of methods: budgets and methods meet in more ways than one.
     budgets = [BUDGETS[(i + i // len(METHODS)) % len(BUDGETS)] for i in range(len(prompts))]
     settings: list[Any] = [
         {"budget": budget, "method": method}
