@@ -46,11 +46,8 @@ def window_attention_ref(
         logits.masked_fill_(per_query, float("-inf"))
     attention = logits.softmax(dim=-1)
     if root_mean_square:
-        attention = attention.square()
-    if query_weights is None:
-        mean = attention.mean(dim=1)
-    else:
-        mean = torch.einsum("hwt,w->ht", attention, query_weights)
+        attention.square_()
+    mean = attention.mean(dim=1) if query_weights is None else query_weights @ attention
     return mean.sqrt() if root_mean_square else mean
 
 
