@@ -130,7 +130,7 @@ def test_an_answer_is_scored_from_its_second_token() -> None:
 def test_bad_methods_and_budgets_are_named(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match="method 'lru': accepts lava, .*snapkv"):
+    with pytest.raises(ValueError, match=r"method 'lru': accepts lava, .*snapkv"):
         divergence.main([*options, "--methods", "lru"])
     with pytest.raises(ValueError, match="lava: pool_width=4: accepts an odd number"):
         divergence.main([*options, "--methods", "lava:pool_width=4"])
