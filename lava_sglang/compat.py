@@ -228,6 +228,8 @@ def model_reasons(model: Any) -> list[str]:
         reasons.append("models that cap attention logits are not supported")
     if any(layer.qk_head_dim != layer.v_head_dim for layer in layers):
         reasons.append("models whose keys and values differ in size are not supported")
+    if sorted(layer.layer_id for layer in layers) != list(range(len(layers))):
+        reasons.append("models whose attention layers share or skip KV entries are not supported")
     if not layers:
         reasons.append("the model has no attention layer of SGLang's RadixAttention")
     return reasons

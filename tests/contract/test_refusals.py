@@ -173,6 +173,10 @@ def attention(**changes: Any) -> RadixAttention:
 
 
 def model_of(*layers: nn.Module) -> nn.Module:
+    """A model of these layers, in their order."""
+    for layer_id, layer in enumerate(layers):
+        if layer.layer_id == 0:
+            layer.layer_id = layer_id
     return nn.ModuleList([nn.Linear(1, 1), *layers])
 
 
@@ -188,6 +192,7 @@ def test_a_plain_decoder_is_served() -> None:
         ({"attn_type": AttentionType.ENCODER_ONLY}, "bidirectional"),
         ({"logit_cap": 30.0}, "cap attention logits"),
         ({"v_head_dim": 4}, "differ in size"),
+        ({"layer_id": 2}, "share or skip KV entries"),
     ],
 )
 def test_a_model_is_refused_for_one_of_its_layers(changes: dict[str, Any], word: str) -> None:
@@ -198,6 +203,15 @@ def test_a_model_is_refused_for_one_of_its_layers(changes: dict[str, Any], word:
 def test_a_model_is_refused_with_all_reasons() -> None:
     odd = attention(sliding_window_size=128, logit_cap=30.0, v_head_dim=4)
     assert len(compat.model_reasons(model_of(odd))) == 3
+
+
+def test_layers_that_share_their_entries_are_refused() -> None:
+    layers = [attention(), attention(), attention()]
+    model = model_of(*layers)
+    assert compat.model_reasons(model) == []
+    layers[2].layer_id = 1
+    (reason,) = compat.model_reasons(model)
+    assert "share or skip KV entries" in reason
 
 
 def test_a_model_without_sglangs_attention_is_refused() -> None:
