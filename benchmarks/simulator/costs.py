@@ -69,7 +69,13 @@ class ModelShape:
         return self.layers * layer + self.vocab * self.hidden
 
     @property
+    def step_bytes(self) -> int:
+        """Weights that a step reads."""
+        return self.parameters * self.bytes_per_value
+
+    @property
     def weight_bytes(self) -> int:
+        """In memory, the embedding too."""
         return (self.parameters + self.vocab * self.hidden) * self.bytes_per_value
 
     @property
@@ -131,13 +137,13 @@ class RooflineCosts:
         tokens = sum(chunk.extend for chunk in chunks)
         flops = 2.0 * self.model.parameters * tokens
         flops += sum(self.model.attention_flops(chunk) for chunk in chunks)
-        return self.overhead + max(self._compute(flops), self._read(self.model.weight_bytes))
+        return self.overhead + max(self._compute(flops), self._read(self.model.step_bytes))
 
     def decode(self, requests: int, slots: int) -> float:
         kv = slots * self.model.slot_bytes / self.kv_efficiency
         flops = 2.0 * self.model.parameters * requests
         flops += 4.0 * self.model.layers * self.model.query_heads * self.model.head_dim * slots
-        return self.overhead + max(self._compute(flops), self._read(self.model.weight_bytes + kv))
+        return self.overhead + max(self._compute(flops), self._read(self.model.step_bytes + kv))
 
     def compress(self, suffix: int, budget: int) -> float:
         """Scores read K and V of the suffix once; the copy reads and writes the kept entries."""
