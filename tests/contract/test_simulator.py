@@ -81,10 +81,10 @@ def test_every_request_is_answered_and_no_slot_is_lost(
     outcome = run(config, ServerShape(20_000, chunk), rate=rate)
     assert outcome.refused == 0
     assert outcome.compressed == (0 if config is None else 60 + outcome.retractions)
-    assert (
-        outcome.seconds == pytest.approx(outcome.prefill_seconds + outcome.decode_seconds, rel=1e-9)
-        or rate < math.inf
-    )
+    busy = outcome.prefill_seconds + outcome.decode_seconds
+    if rate == math.inf:
+        assert outcome.seconds == pytest.approx(busy)
+    assert outcome.seconds >= busy * (1 - 1e-9)
 
 
 def test_a_budget_of_all_is_stock() -> None:
