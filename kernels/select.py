@@ -88,7 +88,7 @@ def select_triton(
         window_size,
         len(tape_tokens),
         BLOCK_M=BLOCK_M,
-        BLOCK_W=triton.next_power_of_2(window_size),
+        BLOCK_W=triton.next_power_of_2(max(window_size, 1)),
         num_warps=4,
     )
     return Selection(kept, offsets, tape_tokens)

@@ -27,6 +27,15 @@ from lava_sglang.config import (
 _DEFAULTS = KVCompressionConfig()
 
 
+def parse_budget(text: str) -> Any:
+    """The option's text as a number or a list of them; as it is if it is neither, for its error."""
+    try:
+        rungs = [float(rung) for rung in text.split(",")]
+    except ValueError:
+        return text
+    return rungs if len(rungs) > 1 else rungs[0]
+
+
 class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     """SGLang's `ServerArgs` (srt/server_args.py) plus the settings of KV compression."""
 
@@ -39,13 +48,16 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         NS("memory"),
     ] = _DEFAULTS.method
     kv_compression_budget: A[
-        float,
+        Any,
         Arg(
             help="KV entries kept of the suffix, a mean per layer and KV head: a fraction up to 1, "
-            "or a number of tokens (the observation window included)."
+            "or a number of tokens (the observation window included). Several, such as "
+            "0.5,0.25,0.125, are a ladder: the first that the pool affords, lower when slots are "
+            "short.",
+            type_parser=parse_budget,
         ),
         NS("memory"),
-    ] = _DEFAULTS.budget
+    ] = _DEFAULTS.budget[0]
     kv_compression_min_tokens: A[
         int,
         Arg(help="Serve suffixes shorter than this many tokens uncompressed."),
@@ -54,7 +66,8 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     kv_compression_config: A[
         dict[str, Any] | None,
         Arg(
-            help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, seed. "
+            help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, trigger, "
+            "decode_interval, admit_ahead, seed. "
             'Example: \'{"window_size": 32, "scope": "prompt"}\'',
             type_parser=json.loads,
         ),

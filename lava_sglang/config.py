@@ -8,6 +8,7 @@ and `budget` in `custom_params["kv_compression"]`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -33,16 +34,21 @@ METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 DECODE_BACKEND = "lava"
 """The name of our attention backend: the only one that decodes ragged requests on a GPU."""
 
-Scope = Literal["suffix", "prompt"]
+Scope = Literal["suffix", "prompt", "auto"]
+Trigger = Literal["always", "pressure"]
 
 _ACCEPTS = {
     "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
-    "budget": "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size",
+    "budget": "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size; "
+    "or a ladder of fractions or of numbers, each below the one before, such as 0.5,0.25,0.125",
     "min_tokens": "a whole number of tokens from 1 up",
     "window_size": "a whole number of tokens from 1 to 1024",
     "pool_width": "an odd number of tokens from 1 to 63",
     "sink_tokens": "a whole number of tokens from 0 up",
-    "scope": "'suffix' or 'prompt'",
+    "scope": "'suffix', 'prompt' or 'auto'",
+    "trigger": "'always' or 'pressure'",
+    "decode_interval": "a whole number of tokens above window_size, or null",
+    "admit_ahead": "true or false",
     "seed": "a whole number from 0 to 2**63 - 1",
     "enabled": "true or false",
 }
@@ -67,14 +73,22 @@ class KVCompressionConfig(BaseModel):
     min_tokens: int = Field(default=512, ge=1)
     # Last prompt tokens whose queries score the suffix; their own entries are always kept.
     window_size: int = Field(default=32, ge=1, le=1024)
-    # Fraction of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
-    budget: float = 0.25
+    # Fractions of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
+    # More than one is a ladder: the first that the pool affords, lower when slots are short.
+    budget: tuple[float, ...] = (0.25,)
     # Width in tokens of the max-pool over SnapKV's scores.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
     sink_tokens: int = Field(default=4, ge=0)
     # suffix: a prefix matched in the radix tree stays exact and shared. prompt: all is compressed.
+    # auto: a prefix stays exact if others use it.
     scope: Scope = "suffix"
+    # always: compressed when prefilled. pressure: exact until slots are short.
+    trigger: Trigger = "always"
+    # A compressed request's answer longer than this many tokens is compressed too, again and again.
+    decode_interval: int | None = None
+    # Admit the next prompt into the slots that this pass's compressions are certain to release.
+    admit_ahead: bool = False
     # Seed of the random method, a baseline.
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
 
@@ -92,15 +106,36 @@ class KVCompressionConfig(BaseModel):
             raise ValueError("even")
         return pool_width
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_ladder(cls, budget: Any) -> Any:
+        return ladder(budget)
+
     @field_validator("budget")
     @classmethod
-    def _fraction_or_tokens(cls, budget: float, info: ValidationInfo) -> float:
-        if not math.isfinite(budget) or budget <= 0 or (budget > 1 and budget != int(budget)):
-            raise ValueError("neither a fraction nor a number of tokens")
+    def _fractions_or_tokens(
+        cls, budget: tuple[float, ...], info: ValidationInfo
+    ) -> tuple[float, ...]:
         window_size = info.data.get("window_size", 0)  # absent if it is bad itself
-        if 1 < budget <= window_size:
-            raise ValueError(f"must exceed window_size={window_size}, it includes the window")
+        for rung in budget:
+            if not math.isfinite(rung) or rung <= 0 or (rung > 1 and rung != int(rung)):
+                raise ValueError(f"{_plain(rung)} is neither a fraction nor a number of tokens")
+            if 1 < rung <= window_size:
+                raise ValueError(f"must exceed window_size={window_size}, it includes the window")
+        for above, below in itertools.pairwise(budget):
+            if below >= above or (above > 1) != (below > 1):
+                raise ValueError(f"{_plain(below)} is not a lower rung than {_plain(above)}")
+        if len(budget) > 1 and info.data.get("method") == "streamingllm":
+            raise ValueError("streamingllm takes one budget, two bytes cannot hold its order")
         return budget
+
+    @field_validator("decode_interval")
+    @classmethod
+    def _above_window(cls, interval: int | None, info: ValidationInfo) -> int | None:
+        window_size = info.data.get("window_size", 0)
+        if interval is not None and interval <= window_size:
+            raise ValueError(f"must exceed window_size={window_size}")
+        return interval
 
     @property
     def enabled(self) -> bool:
@@ -110,14 +145,29 @@ class KVCompressionConfig(BaseModel):
     def ragged(self) -> bool:
         return self.method in RAGGED_METHODS
 
-    def kept_tokens(self, suffix_len: int, page_size: int) -> int:
-        """Slots that a suffix of `suffix_len` tokens is compressed to, a multiple of `page_size`.
+    @property
+    def has_ladder(self) -> bool:
+        return len(self.budget) > 1
 
-        At least window_size + 1, so that the window and one scored entry fit.
+    def rungs(self, suffix_len: int, page_size: int) -> tuple[int, ...]:
+        """Slots that a suffix of `suffix_len` tokens may be compressed to, the most first.
+
+        Multiples of `page_size`, at least window_size + 1 each, so that the window and one scored
+        entry fit; only those that drop something, so none where the budget covers the suffix.
         """
-        tokens = math.ceil(self.budget * suffix_len) if self.budget <= 1 else int(self.budget)
-        tokens = max(tokens, self.window_size + 1)
-        return -(-tokens // page_size) * page_size
+        rungs: list[int] = []
+        for budget in self.budget:
+            tokens = math.ceil(budget * suffix_len) if budget <= 1 else int(budget)
+            tokens = max(tokens, self.window_size + 1)
+            slots = -(-tokens // page_size) * page_size
+            if slots < min(rungs[-1:] or [suffix_len]):
+                rungs.append(slots)
+        return tuple(rungs)
+
+    def covers(self, suffix_len: int) -> bool:
+        """Whether the first rung drops nothing: the suffix stays exact until slots are short."""
+        first = self.budget[0]
+        return first == 1 or first >= suffix_len
 
     @classmethod
     def parse(
@@ -150,6 +200,13 @@ class KVCompressionConfig(BaseModel):
                     f"server, which runs {self.method} on a decode backend for equal budgets"
                 ]
             )
+        if request.budget is not None and len(request.budget) > 1 and not self.has_ladder:
+            raise KVCompressionError(
+                [
+                    f"kv_compression.budget={_typed(request.budget)}: accepts one budget on this "
+                    "server, which was not started with a ladder and keeps no scores"
+                ]
+            )
         changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
         merged = {**self.model_dump(), **changed}
         settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
@@ -163,7 +220,20 @@ class RequestOverride(BaseModel):
 
     enabled: bool = True
     method: Literal[METHOD_CHOICES[1:]] | None = None  # type: ignore[valid-type]
-    budget: float | None = None
+    budget: tuple[float, ...] | None = None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _as_ladder(cls, budget: Any) -> Any:
+        return ladder(budget)
+
+
+def ladder(budget: Any) -> Any:
+    """One number or a list of them as a tuple of floats; anything else as it is."""
+    rungs = budget if isinstance(budget, list | tuple) else [budget]
+    if rungs and all(isinstance(rung, int | float) and rung is not True for rung in rungs):
+        return tuple(float(rung) for rung in rungs)
+    return budget
 
 
 def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:
@@ -181,7 +251,14 @@ def _sentence(error: Any, display: Callable[[str], str], model: Any) -> str:
         known = ", ".join(model.model_fields)
         return f"{display(field)}={error['input']!r}: unknown field, accepts {known}"
     why = f" ({inner})" if isinstance(inner, ValueError) else ""
-    return f"{display(field)}={_plain(error['input'])!r}: accepts {_ACCEPTS[field]}{why}"
+    return f"{display(field)}={_typed(error['input'])}: accepts {_ACCEPTS[field]}{why}"
+
+
+def _typed(value: Any) -> str:
+    """As its user typed it: a ladder with commas, a whole number without a point."""
+    if isinstance(value, tuple):
+        return ",".join(repr(_plain(rung)) for rung in value)
+    return repr(_plain(value))
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class CompressionStats:
-    """Totals of one scheduler since its start. A retracted request counts at each prefill."""
+    """Totals of one scheduler since its start. A retracted request counts at each prefill, one
+    that is compressed later twice: with the reason it was exact at first, and as compressed."""
 
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()  # "compressed", or the reason it was skipped
@@ -23,19 +24,28 @@ class CompressionStats:
         self.suffix_tokens = 0
         self.kept_tokens = 0
         self.slots_freed = 0
+        self.trims = 0  # steps down a ladder
+        self.slots_trimmed = 0
         self.prometheus: PrometheusSeries | None = None
 
     def count(self, req: LavaReq) -> None:
         """Called once a request's prefill has been launched."""
         outcome = "compressed" if req.compressed else str(req.skip_reason)
         self.requests[outcome] += 1
-        if req.compressed and req.plan is not None:
+        if req.budget is not None and req.plan is not None:
             self.prompt_tokens += req.plan.prompt_len
             self.suffix_tokens += req.plan.suffix_len
-            self.kept_tokens += req.plan.budget
-            self.slots_freed += req.plan.slots_freed
+            self.kept_tokens += req.budget
+            self.slots_freed += req.slots_freed
         if self.prometheus is not None:
             self.prometheus.count(req, outcome)
+
+    def count_trim(self, slots: int) -> None:
+        """Called once a running request went one rung down and freed so many slots."""
+        self.trims += 1
+        self.slots_trimmed += slots
+        if self.prometheus is not None:
+            self.prometheus.trims.labels(**self.prometheus.labels).inc()
 
     def snapshot(self, running: Iterable[LavaReq]) -> dict[str, Any]:
         """The `kv_compression` entry of `/server_info`; token and slot counts."""
@@ -47,6 +57,8 @@ class CompressionStats:
             "suffix_tokens": self.suffix_tokens,
             "kept_tokens": self.kept_tokens,
             "slots_freed": self.slots_freed,
+            "trims": self.trims,
+            "slots_trimmed": self.slots_trimmed,
             "running_compressed_requests": compressed,
             "running_slots_saved": saved,
         }
@@ -54,7 +66,7 @@ class CompressionStats:
 
 def running_totals(running: Iterable[LavaReq]) -> tuple[int, int]:
     """Compressed requests among `running`, and the slots that they do without."""
-    freed = [r.plan.slots_freed for r in running if r.compressed and r.plan is not None]
+    freed = [req.slots_freed for req in running if req.compressed]
     return len(freed), sum(freed)
 
 
@@ -79,6 +91,11 @@ class PrometheusSeries:
             "Suffix tokens of compressed requests, by whether their slots were kept or freed.",
             [*names, "kind"],
         )
+        self.trims = PromCounter(
+            "sglang:kv_compression_trims_total",
+            "Steps of running requests down the ladder of budgets.",
+            names,
+        )
         self.running = Gauge(
             "sglang:kv_compression_running_requests",
             "Compressed requests that are decoding.",
@@ -100,9 +117,9 @@ class PrometheusSeries:
 
     def count(self, req: LavaReq, outcome: str) -> None:
         self.requests.labels(**self.labels, outcome=outcome).inc()
-        if req.compressed and req.plan is not None:
-            self.tokens.labels(**self.labels, kind="kept").inc(req.plan.budget)
-            self.tokens.labels(**self.labels, kind="freed").inc(req.plan.slots_freed)
+        if req.budget is not None:
+            self.tokens.labels(**self.labels, kind="kept").inc(req.budget)
+            self.tokens.labels(**self.labels, kind="freed").inc(req.slots_freed)
 
     def observe(self, running: tuple[int, int], seconds: Iterable[float]) -> None:
         """running: what `running_totals` returned. seconds: compressions finished since."""

@@ -200,6 +200,7 @@ SEAMS = (
     Seam(f"{_SCHEDULER}.get_output_streamer_class", "override", ("self",), "extension point"),
     Seam(f"{_SCHEDULER}.get_internal_state", "override", ("self", "recv_req"), "/server_info"),
     Seam(f"{_SCHEDULER}.on_idle", "override", ("self",), "gauges go back to zero"),
+    Seam("srt.runtime_context.get_parallel", "call", (), "this process's ranks and replica"),
     Seam(f"{_SCHEDULER}._apply_war_barrier", "call", ("self",), "fences writes to rows"),
     Seam(
         f"{_REQ}._compute_max_prefix_len",

@@ -8,7 +8,7 @@ memory at its true position, and a dropped entry is one whose attention score is
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -336,6 +336,42 @@ def pyramidkv_keep(
     keep[:, :, :prefix_len] = True
     keep[:, :, scored.stop :] = True
     return keep
+
+
+class _Keep(Protocol):
+    def __call__(
+        self, prefill: Prefill, prefix_len: int, budget: int, window_size: int
+    ) -> Tensor: ...
+
+
+def per_rank_keep(
+    keep: _Keep, prefill: Prefill, tp_size: int, prefix_len: int, budget: int, window_size: int
+) -> Tensor:
+    """A choice under tensor parallelism, bool [L, H, I]: each of `tp_size` ranks holds H / tp_size
+    KV heads and keeps L * H / tp_size * budget of their entries."""
+    heads = prefill.value_l1.shape[1]
+    if heads % tp_size:
+        raise ValueError(f"tp_size is {tp_size}, must divide {heads} KV heads")
+    parts = zip(
+        prefill.keys.chunk(tp_size, dim=1),
+        prefill.values.chunk(tp_size, dim=1),
+        prefill.window_queries.chunk(tp_size, dim=1),
+        prefill.window_attention.chunk(tp_size, dim=1),
+        prefill.value_l1.chunk(tp_size, dim=1),
+        strict=True,
+    )
+    kept = []
+    for keys, values, queries, attention, value_l1 in parts:
+        of_rank = replace(
+            prefill,
+            keys=keys,
+            values=values,
+            window_queries=queries,
+            window_attention=attention,
+            value_l1=value_l1,
+        )
+        kept.append(keep(of_rank, prefix_len, budget, window_size))
+    return torch.cat(kept, dim=1)
 
 
 def _pooled_attention(prefill: Prefill, layer: int, scored: slice, pool_width: int) -> Tensor:

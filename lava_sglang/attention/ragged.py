@@ -13,6 +13,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
@@ -62,7 +63,7 @@ class LavaAttnBackend(RaggedDecode, AttentionBackend):
         super().__init__()
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = runner.token_to_kv_pool
-        config, tp_size = runner.model_config, runner.tp_size
+        config, tp_size = runner.model_config, get_parallel().attn_tp_size
         self.workspace = DecodeWorkspace(
             runner.req_to_token_pool.size,
             config.num_attention_heads // tp_size,

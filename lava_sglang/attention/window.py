@@ -37,6 +37,10 @@ class WindowQueries:
         """Whether every layer stored its queries."""
         return len(self.layers_stored) == self.num_layers
 
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.nbytes
+
     def queries(self) -> torch.Tensor:
         """[num_layers, window queries, num_qo_heads, head_dim]: those prefilled, in order."""
         assert self.rows is not None

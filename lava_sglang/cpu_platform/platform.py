@@ -19,8 +19,14 @@ logger = logging.getLogger(__name__)
 CPU_ENGINE_ENV = "SGLANG_USE_CPU_ENGINE"
 CPU_PLATFORM_CLASS = "sglang.srt.platforms.cpu:CpuSRTPlatform"
 _NOTICE_ENV = "LAVA_SGLANG_CPU_NOTICE"  # inherited, so that a server says it once
-# OpenMP threads that spin between two steps starve the other processes of a small machine.
-_OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+_DEFAULTS = {
+    # OpenMP threads that spin between two steps starve the other processes of a small machine.
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    # For several ranks SGLang makes an NCCL communicator if that library loads, and it needs a
+    # GPU. Where it does not load the ranks have gloo.
+    "SGLANG_NCCL_SO_PATH": "not-used-on-a-cpu",
+}
 
 
 def activate() -> str | None:
@@ -28,7 +34,8 @@ def activate() -> str | None:
 
     On: `SGLANG_USE_CPU_ENGINE=1`, or it is unset and the command line says `--device cpu`, or it
     names no device and no accelerator is visible. Then it sets that variable and defaults for
-    OpenMP, and puts a stand-in for `sgl_kernel` in `sys.modules` if the real library cannot load.
+    OpenMP and NCCL, and puts a stand-in for `sgl_kernel` in `sys.modules` if the real library
+    cannot load.
 
     Returns:
         SGLang's own CPU platform class where it is on, else None. `SGLANG_PLATFORM` and
@@ -37,7 +44,7 @@ def activate() -> str | None:
     if not wants_cpu_engine(sys.argv, os.environ):
         return None
     os.environ[CPU_ENGINE_ENV] = "1"
-    for name, value in _OPENMP_DEFAULTS.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     provide_sgl_kernel()
     return CPU_PLATFORM_CLASS

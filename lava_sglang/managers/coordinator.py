@@ -1,77 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compresses each request when the last chunk of its prefill has been launched.
+"""When requests are compressed: at the end of their prefill, and when slots are short.
 
 Not when its result is processed: with overlap scheduling the first decode step is scheduled
-before that. b is known on the host, so nothing is read back from the device.
+before that. Budgets are known on the host, so nothing is read back from the device.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lava_sglang.attention.window import WindowCapture, WindowQueries
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.kernels.compact import compact
+from lava_sglang.managers.compressor import Compressor, method_of
+from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
-from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
+from lava_sglang.mem_cache.scores import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
-from lava_sglang.metrics import CompressionStats, StreamTimer
-from lava_sglang.policy import METHODS, Method, PromptView, keep
+from lava_sglang.metrics import CompressionStats
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
 
-logger = logging.getLogger(__name__)
-
-
-@cache
-def method_of(config: KVCompressionConfig) -> Method:
-    return METHODS[config.method](config)
+DEFERRED_WINDOW_BYTES = 512 * 2**20
+"""Queries held for requests that are exact until slots are short; past it, they do not wait."""
 
 
 class KVCompressionCoordinator:
     """One per scheduler. `attach_model` when SGLang builds its attention backend, before any graph
     is captured; `attach_scheduler` when all is built."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: KVCompressionConfig) -> None:
+        self.config = config
         self.capture = WindowCapture()
         self.stats = CompressionStats()
-        self.tape: TapeTable | None = None
+        self.compressor: Compressor | None = None
+
+    @property
+    def tape(self) -> TapeTable | None:
+        return None if self.compressor is None else self.compressor.tape
 
     def attach_model(self, runner: Any) -> TapeTable:
         """runner: SGLang's ModelRunner with its pools. Makes the tables once."""
-        if self.tape is None:
-            self.kv_pool = runner.token_to_kv_pool
-            self.req_to_token = runner.req_to_token_pool.req_to_token
-            self.scaling = attention_scaling(runner.model, self.kv_pool.device)
-            self.timer = StreamTimer(self.kv_pool.device)
-            self.tape = TapeTable(
-                self.req_to_token.shape[0],
-                self.kv_pool.layer_num,
-                self.kv_pool.head_num,
-                self.kv_pool.device,
+        if self.compressor is None:
+            pool = runner.token_to_kv_pool
+            num_rows = runner.req_to_token_pool.req_to_token.shape[0]
+            shape = (pool.layer_num, pool.head_num, pool.device)
+            scores = (
+                ScoreTable(num_rows, pool.arena.shape[2], *shape)
+                if self.config.has_ladder
+                else None
             )
-        return self.tape
+            self.compressor = Compressor(runner, TapeTable(num_rows, *shape), scores)
+        return self.compressor.tape
 
     def attach_scheduler(self, scheduler: Any) -> None:
-        self.stream = ForwardStream(scheduler)
-        self.tree_cache = scheduler.tree_cache
+        assert self.compressor is not None
+        self.compressor.attach_scheduler(scheduler)
+        self.demand = Demand(scheduler)
+
+    def seconds(self) -> list[float]:
+        """Of each compression and trim that has ended since the last call."""
+        return [] if self.compressor is None else self.compressor.timer.take()
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether a running request may hold more slots than it has to."""
+        return self.config.has_ladder or self.config.trigger == "pressure"
 
     def begin_extend(self, batch: ScheduleBatch) -> None:
         """Before the launch: fix the plans, reset the rows, say which queries to stash."""
-        assert self.tape is not None
-        with self.stream:
-            self.tape.reset(batch.req_pool_indices)
+        assert self.compressor is not None
+        with self.compressor.stream:
+            self.compressor.tape.reset(batch.req_pool_indices)
         batch_start = 0
         for req in batch.reqs:
             req.begin_prefill()
             if req.plan is not None and method_of(req.compression).needs_queries:
                 if req.window is None:
-                    req.window = WindowQueries(self.kv_pool.layer_num, req.compression.window_size)
+                    num_layers = self.compressor.kv_pool.layer_num
+                    req.window = WindowQueries(num_layers, req.compression.window_size)
                 chunk = (req.prefix_len, req.extend_end)
                 self.capture.add(req.window, batch_start, chunk, req.plan.prompt_len)
             batch_start += req.extend_len
@@ -81,102 +89,120 @@ class KVCompressionCoordinator:
 
         Returns whether any request was compressed, and slots were freed.
         """
+        assert self.compressor is not None
         self.capture.segments.clear()
-        lengths: dict[int, int] = {}
+        changed = []
         for i, req in enumerate(batch.reqs):
             if req.extend_end < len(req.full_untruncated_fill_ids):
                 continue  # a middle chunk
             if req.plan is not None and req.to_finish is not None:
                 req.plan, req.skip_reason = None, SkipReason.ABORTED
-            if req.plan is not None and self._compress(req, req.plan):
-                lengths[i] = req.plan.compressed_len
-            req.window = None
+            if req.plan is None:
+                req.window = None
+            elif self._stays_exact(batch, req, req.plan):
+                req.skip_reason = SkipReason.NO_PRESSURE
+            else:
+                if self.compressor.compress(req, self._affordable(batch, req.plan)):
+                    changed.append(i)
+                req.window = None
             self.stats.count(req)
-        if lengths:
-            _set_lengths(batch, lengths)
-        return bool(lengths)
+        if changed:
+            _set_lengths(batch, changed)
+        return bool(changed)
 
-    def _compress(self, req: LavaReq, plan: CompressionPlan) -> bool:
-        method = method_of(req.compression)
-        if method.needs_queries and (req.window is None or not req.window.complete):
-            logger.error("no window queries for %s: served uncompressed", req.rid)
-            req.skip_reason = SkipReason.NO_QUERIES
-            return False
-        slots = alloc_slots(self.tree_cache, plan.budget)
-        if slots is None:
-            req.skip_reason = SkipReason.NO_ROOM
-            return False
-        row = req.kv.req_pool_idx
-        # A snapshot: the tree may rewrite the row.
-        prompt_slots = self.req_to_token[row, : plan.prompt_len].long()
-        self.stream.keep_alive(slots, prompt_slots)
-        with self.stream, self.timer:
-            assert self.tape is not None
-            prompt = PromptView(
-                arena=self.kv_pool.arena,
-                slots=prompt_slots,
-                queries=None if req.window is None else req.window.queries(),
-                scaling=self.scaling,
-                shared_prefix_len=plan.shared_prefix_len,
-                window_size=req.compression.window_size,
+    def make_room(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
+        """Shrink the batch's decoding requests by a rung each, largest first, until `enough()`.
+
+        Mutates the requests, the pool and the batch's lengths. Returns whether it is enough.
+        """
+        changed: set[int] = set()
+        stuck: set[int] = set()
+        while not (done := enough()):
+            i = max(
+                (
+                    i
+                    for i in range(len(batch.reqs))
+                    if i not in stuck and _can_shrink(batch.reqs[i])
+                ),
+                key=lambda i: batch.reqs[i].held_slots,
+                default=None,
             )
-            kept = keep(method, prompt, plan.budget)
-            compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
-            self.tape.commit(
-                row, plan.shared_prefix_len, plan.budget, plan.slots_freed, kept.offsets
-            )
-        self.stream.fence_row_writes()
-        swap_in_private_slots(req, self.tree_cache, plan.shared_prefix_len, slots)
-        req.compressed = True
+            if i is None:
+                break
+            (changed if self._shrink(batch.reqs[i]) else stuck).add(i)
+        if changed:
+            _set_lengths(batch, changed)
+        return done
+
+    def before_decode(self, batch: ScheduleBatch) -> None:
+        """Shrink requests before SGLang retracts any. Mutates as `make_room`."""
+        if not self.may_shrink:
+            return
+
+        def enough() -> bool:
+            needed = batch.new_tokens_required_next_decode() + self.copy_reserve(batch)
+            return self.demand.free_slots() >= needed
+
+        self.make_room(batch, enough)
+
+    def copy_reserve(self, batch: ScheduleBatch) -> int:
+        """Slots to keep free for one first copy: an exact request cannot shrink in a full pool."""
+        if not self.may_shrink:
+            return 0
+        return max((req.next_budget or 0 for req in batch.reqs if _is_deferred(req)), default=0)
+
+    def shrinkable_slots(self, batch: ScheduleBatch) -> int:
+        """Slots that the batch's decoding requests hold above their lowest rungs."""
+        return sum(req.held_slots - req.plan.rungs[-1] for req in batch.reqs if _can_shrink(req))
+
+    def _shrink(self, req: LavaReq) -> bool:
+        """One rung down. False if there was no room for a first copy."""
+        assert self.compressor is not None
+        budget, before = req.next_budget, req.held_slots
+        assert budget is not None
+        if req.compressed:
+            self.compressor.trim(req, budget)
+        elif not self.compressor.compress(req, budget):
+            req.skip_reason = SkipReason.NO_PRESSURE
+            return False
+        else:
+            req.skip_reason = None
+            self.stats.count(req)
+            return True
+        self.stats.count_trim(before - budget)
         return True
 
+    def _stays_exact(self, batch: ScheduleBatch, req: LavaReq, plan: CompressionPlan) -> bool:
+        """Whether it need not be compressed yet, and its queries may be held until then."""
+        if not plan.exact_first:
+            return False
+        windows = [r.window for r in (*self.demand.running(), *batch.reqs) if r.window is not None]
+        if sum(window.nbytes for window in windows) > DEFERRED_WINDOW_BYTES:
+            return False
+        return self.demand.spare(self.demand.free_slots() - plan.rungs[0], batch.reqs)
 
-def attention_scaling(model: torch.nn.Module, device: torch.device | str) -> torch.Tensor:
-    """Factor on the attention logits of each layer, float32 [num_layers]."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    ordered = sorted(layers, key=lambda layer: layer.layer_id)
-    return torch.tensor([layer.scaling for layer in ordered], dtype=torch.float32, device=device)
-
-
-class ForwardStream:
-    """Enqueue work behind the forward pass that SGLang launched last.
-
-    With overlap scheduling the scheduler runs on one stream and forward passes on another; without
-    it, and on CPU, there is one queue and every method here does nothing.
-    """
-
-    def __init__(self, scheduler: Any):
-        self.scheduler = scheduler
-        self.overlap = scheduler.enable_overlap and scheduler.device != "cpu"
-
-    def __enter__(self) -> None:
-        if self.overlap:
-            self.scheduler.forward_stream_ctx.__enter__()
-            self.scheduler.forward_stream.wait_stream(self.scheduler.schedule_stream)
-
-    def __exit__(self, *exc: Any) -> None:
-        if self.overlap:
-            self.scheduler.forward_stream_ctx.__exit__(*exc)
-
-    def keep_alive(self, *tensors: torch.Tensor) -> None:
-        """Tensors made by the scheduler that work on this stream reads."""
-        if self.overlap:
-            for tensor in tensors:
-                tensor.record_stream(self.scheduler.forward_stream)
-
-    def fence_row_writes(self) -> None:
-        """Keep the scheduler's next writes to rows behind what the forward pass reads of them."""
-        if self.overlap:
-            self.scheduler._apply_war_barrier()
+    def _affordable(self, batch: ScheduleBatch, plan: CompressionPlan) -> int:
+        """The highest rung that leaves room for what runs and what waits, or the lowest."""
+        free = self.demand.free_slots()
+        for budget in plan.rungs[:-1]:
+            if budget <= free and self.demand.spare(free + plan.suffix_len - budget, batch.reqs):
+                return budget
+        return plan.rungs[-1]
 
 
-def _set_lengths(batch: ScheduleBatch, lengths: dict[int, int]) -> None:
+def _can_shrink(req: LavaReq) -> bool:
+    return req.next_budget is not None and not req.finished()
+
+
+def _is_deferred(req: LavaReq) -> bool:
+    return not req.compressed and _can_shrink(req)
+
+
+def _set_lengths(batch: ScheduleBatch, changed: Iterable[int]) -> None:
     """New length tensors: the in-flight forward holds the old ones."""
     seq_lens_cpu = batch.seq_lens_cpu.clone()
-    for i, length in lengths.items():
-        seq_lens_cpu[i] = length
+    for i in changed:
+        seq_lens_cpu[i] = batch.reqs[i].kv.kv_committed_len
     batch.seq_lens_cpu = seq_lens_cpu
     batch.seq_lens = seq_lens_cpu.to(
         device=batch.seq_lens.device, dtype=batch.seq_lens.dtype, non_blocking=True

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.mem_cache.row import branch_len
 
 
 class SkipReason(StrEnum):
@@ -21,6 +22,7 @@ class SkipReason(StrEnum):
     NO_DECODE = "no_decode"  # at most one output token: no later step would read less
     NO_ROOM = "no_room"  # no b free slots for the copy
     NO_QUERIES = "no_queries"  # the attention backend handed over no window queries
+    NO_PRESSURE = "no_pressure"  # exact until slots are short, which they were not
     ABORTED = "aborted"  # ended before its prefill did
     UNSUPPORTED_REQUEST = "unsupported_request"  # beam search, sessions, embeddings, captures
 
@@ -30,28 +32,20 @@ class CompressionPlan(NamedTuple):
 
     prompt_len: int  # I = P + N, tokens
     shared_prefix_len: int  # P, tokens
-    budget: int  # b, slots
+    rungs: tuple[int, ...]  # slots that its tape may take, b, the most first
+    exact_first: bool = False  # whether it stays exact until slots are short
 
     @property
     def suffix_len(self) -> int:
         """N, tokens."""
         return self.prompt_len - self.shared_prefix_len
 
-    @property
-    def slots_freed(self) -> int:
-        return self.suffix_len - self.budget
-
-    @property
-    def compressed_len(self) -> int:
-        """Slots of the request after compression, before its first output token."""
-        return self.shared_prefix_len + self.budget
-
 
 class LavaReq(Req):
     """SGLang's `Req` (srt/managers/schedule_batch.py) with the state of its compression.
 
     `compression` is the validated settings of this request. `plan` is set when its prefill is
-    first launched; `compressed` once its row holds the kept entries.
+    first launched; `budget` once its row holds a tape, of so many slots.
     """
 
     def __init__(
@@ -61,7 +55,7 @@ class LavaReq(Req):
         self.page_size = page_size
         self.plan: CompressionPlan | None = None
         self.skip_reason: SkipReason | None = None
-        self.compressed = False
+        self.budget: int | None = None
         self.window: WindowQueries | None = None
         self.compression = config
         override = (self.sampling_params.custom_params or {}).get("kv_compression")
@@ -71,12 +65,36 @@ class LavaReq(Req):
             except KVCompressionError as error:
                 self.set_finish_with_abort(str(error))
 
+    @property
+    def compressed(self) -> bool:
+        return self.budget is not None
+
+    @property
+    def slots_freed(self) -> int:
+        """Slots that the request does without."""
+        return 0 if self.plan is None or self.budget is None else self.plan.suffix_len - self.budget
+
+    @property
+    def held_slots(self) -> int:
+        """Slots of the suffix, exact or as a tape: what a lower rung may free some of."""
+        if self.plan is None:
+            return 0
+        return self.plan.suffix_len if self.budget is None else self.budget
+
+    @property
+    def next_budget(self) -> int | None:
+        """The highest rung below what a decoding request holds; None if it cannot shrink."""
+        if self.plan is None or (
+            self.budget is None and self.skip_reason != SkipReason.NO_PRESSURE
+        ):
+            return None
+        return next((rung for rung in self.plan.rungs if rung < self.held_slots), None)
+
     def plan_for(self, shared_prefix_len: int) -> CompressionPlan | SkipReason:
         """The plan if `shared_prefix_len` tokens come from the radix tree, or why there is none."""
         config = self.compression
         prompt_len = len(self.full_untruncated_fill_ids)
-        if config.scope == "prompt":
-            shared_prefix_len = 0
+        shared_prefix_len = self._exact_part(shared_prefix_len)
         suffix_len = prompt_len - shared_prefix_len
         if self.to_finish is not None:
             return SkipReason.ABORTED
@@ -88,10 +106,21 @@ class LavaReq(Req):
             return SkipReason.NO_DECODE
         if suffix_len < config.min_tokens:
             return SkipReason.TOO_SHORT
-        budget = config.kept_tokens(suffix_len, self.page_size)
-        if budget >= suffix_len:
+        rungs = config.rungs(suffix_len, self.page_size)
+        if not rungs:
             return SkipReason.BUDGET_COVERS_SUFFIX
-        return CompressionPlan(prompt_len, shared_prefix_len, budget)
+        exact_first = config.trigger == "pressure" or config.covers(suffix_len)
+        return CompressionPlan(prompt_len, shared_prefix_len, rungs, exact_first)
+
+    def waiting_slots(self) -> tuple[int, int]:
+        """Tokens of its prompt, and slots of its smallest tape, or of the prompt if it gets none.
+
+        An estimate: nothing of the prompt has been matched yet.
+        """
+        config = self.compression
+        prompt_len = len(self.origin_input_ids) + len(self.output_ids)
+        rungs = config.rungs(prompt_len, self.page_size) if config.enabled else ()
+        return prompt_len, rungs[-1] if rungs and prompt_len >= config.min_tokens else prompt_len
 
     def begin_prefill(self) -> None:
         """Fix the plan at the launch of the first chunk. A later chunk changes nothing."""
@@ -103,12 +132,17 @@ class LavaReq(Req):
         else:
             self.plan = plan
 
-    def copy_slots(self) -> int:
-        """Slots the copy at the end of prefill needs: what admission keeps free. 0 if no copy."""
+    def expected_plan(self) -> CompressionPlan | None:
+        """Its plan, or the one it would get if its prefill were launched now."""
         if self.skip_reason is not None:
-            return 0
+            return None
         plan = self.plan or self.plan_for(self._shared_prefix_len())
-        return plan.budget if isinstance(plan, CompressionPlan) else 0
+        return plan if isinstance(plan, CompressionPlan) else None
+
+    def copy_slots(self) -> int:
+        """Slots its smallest copy needs: what admission keeps free. 0 if it is not compressed."""
+        plan = self.expected_plan()
+        return 0 if plan is None else plan.rungs[-1]
 
     def reset_for_retract(self) -> None:
         """Forget the private copy; the request is prefilled, and compressed, again.
@@ -123,7 +157,7 @@ class LavaReq(Req):
             self.skip_radix_cache_insert = False
         self.plan = None
         self.skip_reason = None
-        self.compressed = False
+        self.budget = None
         self.window = None
 
     def info(self) -> dict[str, Any]:
@@ -136,14 +170,27 @@ class LavaReq(Req):
         if self.plan is not None and self.compressed:
             info["shared_prefix_tokens"] = self.plan.shared_prefix_len
             info["suffix_tokens"] = self.plan.suffix_len
-            info["kept_tokens"] = self.plan.budget
-            info["slots_freed"] = self.plan.slots_freed
+            info["kept_tokens"] = self.budget
         else:
             info["reason"] = str(self.skip_reason) if self.skip_reason else "not_prefilled"
-            info["slots_freed"] = 0
+        info["slots_freed"] = self.slots_freed
         return info
 
+    def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+        """SGLang's match of the prompt against the tree, and how far others use what it matched."""
+        super().init_next_round_input(tree_cache, cow_mamba)
+        if tree_cache is not None and self.compression.scope == "auto" and self.plan is None:
+            self._branch_len = branch_len(tree_cache, self.last_node)
+
     _own_from: int | None = None
+    _branch_len: int = 0
+
+    def _exact_part(self, matched_len: int) -> int:
+        """Tokens of a matched prefix that stay exact and shared."""
+        scope = self.compression.scope
+        if scope == "prompt":
+            return 0
+        return min(matched_len, self._branch_len) if scope == "auto" else matched_len
 
     def _shared_prefix_len(self) -> int:
         if self._own_from is None:
@@ -156,7 +203,7 @@ class LavaReq(Req):
         Its queries do not exist for tokens that come from the tree.
         """
         longest: int = super()._compute_max_prefix_len(input_len)
-        if self._own_from is None and self.compression.scope != "prompt":
+        if self._own_from is None and self.compression.scope == "suffix":
             return longest
         if not isinstance(self.plan_for(self._own_from or 0), CompressionPlan):
             return longest

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
@@ -33,7 +35,7 @@ class LavaScheduler(Scheduler):
 
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self.kv_compression_config = config_of(server_args)
-        self.kv_compression = KVCompressionCoordinator()
+        self.kv_compression = KVCompressionCoordinator(self.kv_compression_config)
         self._add_kv_compression_hooks()
         super().__init__(server_args, *args, **kwargs)
         compat.refuse(compat.scheduler_reasons(self))
@@ -57,8 +59,12 @@ class LavaScheduler(Scheduler):
             batch.batch_is_full = False
         return result
 
-    def get_prefill_adder_class(self) -> type[LavaPrefillAdder]:
-        return LavaPrefillAdder
+    def update_running_batch(self, batch: Any) -> Any:
+        self.kv_compression.before_decode(batch)
+        return super().update_running_batch(batch)
+
+    def get_prefill_adder_class(self) -> Any:
+        return partial(LavaPrefillAdder, coordinator=self.kv_compression)
 
     def get_output_streamer_class(self) -> type[LavaOutputStreamer]:
         return LavaOutputStreamer
@@ -67,6 +73,8 @@ class LavaScheduler(Scheduler):
         output = super().get_internal_state(recv_req)
         allocator = self.token_to_kv_pool_allocator
         output.internal_state["kv_compression_stats"] = {
+            # SGLang lists its data-parallel replicas in the order in which they answer.
+            "dp_rank": get_parallel().dp_rank or 0,
             **self.kv_compression.stats.snapshot(self.running_batch.reqs),
             "pool_slots": allocator.size,
             "free_slots": allocator.available_size(),
@@ -113,7 +121,7 @@ class LavaScheduler(Scheduler):
 
     def _observe_kv_compression(self) -> tuple[int, int]:
         running = running_totals(self.running_batch.reqs)
-        seconds = self.kv_compression.timer.take()
+        seconds = self.kv_compression.seconds()
         if self.kv_compression.stats.prometheus is not None:
             self.kv_compression.stats.prometheus.observe(running, seconds)
         return running

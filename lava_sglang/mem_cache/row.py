@@ -16,40 +16,84 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, evict_from_tree_cac
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 
-def alloc_slots(tree_cache: BasePrefixCache, count: int) -> torch.Tensor | None:
-    """`count` fresh slots, int64 [count]; evicts unlocked tree entries to find them."""
-    evict_from_tree_cache(tree_cache, count)
+def alloc_slots(tree_cache: BasePrefixCache, budget: int, tail_len: int = 0) -> torch.Tensor | None:
+    """Fresh slots, int64 [budget], and as many more as the tail's pages where pages are larger than
+    a slot: in the row it moves by less than a page. Evicts unlocked tree entries to find them."""
     allocator: Any = tree_cache.token_to_kv_pool_allocator
+    page_size = allocator.page_size
+    count = budget if page_size == 1 else budget + -(-tail_len // page_size) * page_size
+    evict_from_tree_cache(tree_cache, count)
     slots: torch.Tensor | None = allocator.alloc(count)
     return None if slots is None else slots.long()
 
 
 def swap_in_private_slots(
-    req: Req, tree_cache: BasePrefixCache, shared_prefix_len: int, slots: torch.Tensor
+    req: Req,
+    tree_cache: BasePrefixCache,
+    shared_prefix_len: int,
+    slots: torch.Tensor,
+    tail_slots: torch.Tensor | None = None,
 ) -> None:
-    """Make the request physically `shared_prefix_len + len(slots)` long.
+    """Make the request physically `shared_prefix_len + len(slots)` and its tail long.
 
     Its exact prompt goes to the tree as evictable entries, which later prompts may match; the
-    lock shrinks to the shared prefix; the row holds that prefix and `slots`. Mutates the request,
-    its row and the tree. Without a tree (--disable-radix-cache) the prompt's slots are freed.
+    lock shrinks to the shared prefix; the row holds that prefix, `slots`, and the tail: in its own
+    slots, or in `tail_slots`, to which it was copied. Mutates the request, its row and the tree.
+    Without a tree (--disable-radix-cache) the prompt's slots are freed.
     Source: `UnifiedRadixCache.checkpoint_into_tree`, `release_kv_cache` (SGLang 0.5.23).
     """
     kv = req.kv
-    prompt_len = req.extend_end
-    checkpoint_kv_cache(req, tree_cache)
+    prompt_len, committed = req.extend_end, kv.kv_committed_len
+    rows = tree_cache.req_to_token_pool
+    if committed == prompt_len:
+        # Later SGLang has done it itself, with the result of the prefill.
+        checkpoint_kv_cache(req, tree_cache)
+    freed_until = prompt_len if tail_slots is None else committed
+    if tail_slots is None:
+        tail_slots = rows.req_to_token[kv.req_pool_idx, prompt_len:committed].clone()
     # The tree owns whole pages; what is past them is the request's own to free.
-    if kv.cache_protected_len < prompt_len:
-        tree_cache.free_kv_row(kv, [(kv.cache_protected_len, prompt_len)])
+    if kv.cache_protected_len < freed_until:
+        tree_cache.free_kv_row(kv, [(kv.cache_protected_len, freed_until)])
     _lock_only(req, tree_cache, shared_prefix_len)
-    end = shared_prefix_len + slots.shape[0]
-    tree_cache.req_to_token_pool.write(
-        (kv.req_pool_idx, slice(shared_prefix_len, end)), slots.to(torch.int32)
-    )
+    private = torch.cat([slots, tail_slots]).to(torch.int32)
+    end = shared_prefix_len + len(private)
+    rows.write((kv.req_pool_idx, slice(shared_prefix_len, end)), private)
     kv.cache_protected_len = shared_prefix_len
     kv.kv_committed_len = end
     kv.kv_allocated_len = end
     # Keeps SGLang's own later checkpoints and its final insert from publishing lossy entries.
     req.skip_radix_cache_insert = True
+
+
+def drop_slots(req: Req, tree_cache: BasePrefixCache, start: int, end: int) -> None:
+    """Free places [start, end) of a request's row, whole private pages; what follows moves down.
+
+    Mutates the request and its row.
+    """
+    kv = req.kv
+    rows = tree_cache.req_to_token_pool
+    tail = rows.req_to_token[kv.req_pool_idx, end : kv.kv_committed_len].clone()
+    tree_cache.free_kv_row(kv, [(start, end)])
+    rows.write((kv.req_pool_idx, slice(start, start + len(tail))), tail)
+    kv.kv_committed_len -= end - start
+    kv.kv_allocated_len -= end - start
+
+
+def branch_len(tree_cache: Any, node: Any) -> int:
+    """Tokens of a matched prefix that another text uses too: one that goes on differently from it.
+
+    node: where the match ended. A prefix that only this text's earlier turns have used ends where
+    the tree does. 0 without a tree. Reads the tree on the host.
+    """
+    if tree_cache.disable or node is None:
+        return 0
+    (path,) = tree_cache.tree_core.collect_path_info([node])
+    branches = [
+        step.path_end
+        for i, step in enumerate(path)
+        if step.num_children > (1 if i + 1 < len(path) else 0)
+    ]
+    return max(branches, default=0)
 
 
 def _lock_only(req: Req, tree_cache: BasePrefixCache, length: int) -> None:

@@ -14,6 +14,9 @@ from lava_sglang.kernels.layer_split import layer_split, uniform_weights
 from lava_sglang.kernels.select import Selection, select
 from lava_sglang.kernels.window_scores import window_scores
 
+SCORE_DTYPE = torch.bfloat16
+"""Of the scores kept beside the tape, where a ladder may trim it."""
+
 
 class PromptView(NamedTuple):
     """A finished prompt, as a method sees it. Shapes are per rank."""
@@ -83,25 +86,106 @@ class Method(ABC):
         return uniform_weights(scores.shape[0], scores.device)
 
 
+class Ranking(NamedTuple):
+    """What a method makes of a prompt: all that a choice at any budget needs."""
+
+    scores: torch.Tensor  # float32 [num_layers, num_kv_heads, scored_len]
+    layer_weights: torch.Tensor  # float32 [num_layers]
+
+
+def rank(method: Method, prompt: PromptView) -> Ranking:
+    """Score the prompt. With a ladder in two bytes, which is what later trims have of a score."""
+    scores = method.score(prompt).contiguous()
+    weights = method.layer_weights(scores)
+    if method.config.has_ladder:
+        scores = scores.to(SCORE_DTYPE).float()
+    return Ranking(scores, weights)
+
+
 def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
-    """What each head keeps: the window, and the best of L * H * (b - w) scored entries.
+    """What each head keeps of `prompt` at this budget: `rank`, then `choose`."""
+    return choose(method, rank(method, prompt), prompt, budget)
+
+
+def choose(method: Method, ranking: Ranking, prompt: PromptView, budget: int) -> Selection:
+    """The window, and the best of L * H * (b - w) scored entries.
 
     budget: b, window included. The kept entries of all layers and heads are L * H * b exactly.
     Reads nothing back to the host on a GPU. Source: LAVa, arXiv 2509.09754; docs of each method.
     """
-    scores = method.score(prompt).contiguous()
+    scores, weights = ranking
     num_layers, num_kv_heads, scored_len = scores.shape
-    weights = method.layer_weights(scores)
-    mean = budget - prompt.window_size
+    counts, floor = divide(method, weights, num_kv_heads, scored_len, budget - prompt.window_size)
+    kept = select(
+        scores.view(len(counts), -1, scored_len),
+        counts,
+        budget,
+        prompt.shared_prefix_len,
+        prompt.window_size,
+        floor,
+    )
+    return kept._replace(counts=kept.counts.view(num_layers, num_kv_heads))
+
+
+def divide(
+    method: Method, weights: torch.Tensor, num_kv_heads: int, scored_len: int, mean: int
+) -> tuple[torch.Tensor, int | torch.Tensor]:
+    """How many scored entries are chosen together, and how many of them each head has at least.
+
+    weights: float32 [num_layers]. mean: scored entries kept per layer and head, b - w.
+    Returns counts, int64 [num_layers], or [num_layers * num_kv_heads] where every head chooses for
+    itself; and the floor, 0 or int64 [num_layers]. A smaller mean never raises a count.
+    """
     if method.uniform_heads:
         # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
-        per_head = layer_split(weights, num_layers * mean, scored_len)
-        counts = per_head.repeat_interleave(num_kv_heads)
-        scores = scores.view(num_layers * num_kv_heads, 1, scored_len)
-        floor: int | torch.Tensor = 0
-    else:
-        cap = num_kv_heads * scored_len
-        counts = layer_split(weights, num_layers * num_kv_heads * mean, cap)
-        floor = (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
-    kept = select(scores, counts, budget, prompt.shared_prefix_len, prompt.window_size, floor)
-    return kept._replace(counts=kept.counts.view(num_layers, num_kv_heads))
+        per_head = layer_split(weights, len(weights) * mean, scored_len)
+        return per_head.repeat_interleave(num_kv_heads), 0
+    cap = num_kv_heads * scored_len
+    counts = layer_split(weights, len(weights) * num_kv_heads * mean, cap)
+    return counts, (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
+
+
+class Trim(NamedTuple):
+    """What stays of a tape."""
+
+    places: torch.Tensor  # int64 [num_layers * num_kv_heads * new budget], of the old tape
+    offsets: torch.Tensor  # int32 [num_layers * num_kv_heads + 1], of the new tape
+
+
+def keep_fewer(
+    method: Method,
+    tape_scores: torch.Tensor,
+    offsets: torch.Tensor,
+    layer_weights: torch.Tensor,
+    suffix_len: int,
+    window_size: int,
+    budget: int,
+) -> Trim:
+    """What `choose` would have kept at a smaller budget, chosen from what was kept.
+
+    tape_scores: [num_layers * num_kv_heads * old budget] in tape order, infinite in the window.
+    offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
+    layer_weights: float32 [num_layers], of the ranking. suffix_len: N, tokens.
+    The same entries as `choose` keeps, ties included: the layer split is monotone in the budget.
+    With a head floor whose rounding is not, an entry or two may differ. Reads nothing back to the
+    host on a GPU.
+    """
+    columns, num_layers = len(offsets) - 1, len(layer_weights)
+    num_kv_heads = columns // num_layers
+    starts = offsets[:-1].long()
+    # Each head's piece as a row: the order in a head is the order of its tokens.
+    owner = torch.arange(columns, device=offsets.device).repeat_interleave(
+        offsets.diff(), output_size=len(tape_scores)
+    )
+    place = torch.arange(len(tape_scores), device=offsets.device)
+    scores = torch.full((columns, suffix_len), float("-inf"), device=offsets.device)
+    scores[owner, place - starts[owner]] = tape_scores.float()
+    counts, floor = divide(
+        method, layer_weights, num_kv_heads, suffix_len - window_size, budget - window_size
+    )
+    scores = scores.view(len(counts), -1, suffix_len)
+    if isinstance(floor, torch.Tensor):
+        floor = floor + window_size
+    kept = select(scores, counts + scores.shape[1] * window_size, budget, 0, 0, floor)
+    head_starts = starts.repeat_interleave(kept.counts.view(-1), output_size=columns * budget)
+    return Trim(head_starts + kept.tape_tokens, kept.offsets)

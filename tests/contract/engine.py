@@ -83,7 +83,7 @@ class Batch:
 
 @dataclass
 class Engine:
-    """`prefilling` and `decoding` are the requests that own a row; `kept` what each chose."""
+    """`prefilling` and `decoding` own a row each; `prompts` is what a request is scored by."""
 
     pool: LavaMHATokenToKVPool
     allocator: Any
@@ -92,9 +92,21 @@ class Engine:
     coordinator: KVCompressionCoordinator
     prefilling: list[LavaReq] = field(default_factory=list)
     decoding: list[LavaReq] = field(default_factory=list)
-    kept: dict[str, Selection] = field(default_factory=dict)
+    prompts: dict[str, PromptView] = field(default_factory=dict)
     served: list[tuple[array[int], str | None]] = field(default_factory=list)
     count: int = 0
+
+    def __post_init__(self) -> None:
+        """What the lifecycle reads of a scheduler."""
+        self.scheduler = SimpleNamespace(
+            enable_overlap=False,
+            device="cpu",
+            tree_cache=self.tree,
+            running_batch=SimpleNamespace(reqs=self.decoding),
+            waiting_queue=[],
+            chunked_req=None,
+            new_token_ratio_tracker=SimpleNamespace(current=0.0),
+        )
 
     @property
     def tape(self) -> TapeTable:
@@ -153,7 +165,7 @@ class Engine:
             self.write(req, req.prefix_len, req.extend_end)
         self.hand_over_queries(batch)
         for req in reqs:
-            self.choose(req)
+            self.look_at(req)
         if process:
             self.coordinator.end_extend(batch)
             for req in reqs:
@@ -238,8 +250,8 @@ class Engine:
         tokens = torch.arange(start, end, dtype=torch.float32)[:, None]
         return torch.sin(tokens * (places + 1) + layer).view(-1, QUERY_HEADS, HEAD_DIM)
 
-    def choose(self, req: LavaReq) -> None:
-        """What the request keeps if it is compressed now, from its text and not from slots."""
+    def look_at(self, req: LavaReq) -> None:
+        """What the request is scored by, from its text and not from slots."""
         plan = req.plan
         if plan is None or req.extend_end < plan.prompt_len:
             return
@@ -254,7 +266,7 @@ class Engine:
         keys = torch.stack(columns).view(NUM_LAYERS, KV_HEADS, -1, HEAD_DIM).transpose(1, 2)
         first = plan.prompt_len - window
         queries = [self.queries(req, first, plan.prompt_len, layer) for layer in range(NUM_LAYERS)]
-        prompt = PromptView(
+        self.prompts[req.rid] = PromptView(
             arena=torch.stack([keys, -keys], dim=1).contiguous(),
             slots=torch.arange(plan.prompt_len),
             queries=torch.stack(queries),
@@ -262,8 +274,12 @@ class Engine:
             shared_prefix_len=plan.shared_prefix_len,
             window_size=window,
         )
+
+    def kept_of(self, req: LavaReq) -> Selection:
+        """What a request of this text keeps if it is compressed to its budget at once."""
+        assert req.budget is not None
         method = METHODS[req.compression.method](req.compression)
-        self.kept[req.rid] = keep(method, prompt, plan.budget)
+        return keep(method, self.prompts[req.rid], req.budget)
 
     def row(self, req: LavaReq, end: int | None = None) -> torch.Tensor:
         last = req.kv.kv_committed_len if end is None else end
@@ -278,7 +294,8 @@ class Engine:
         plan = req.plan
         if not req.compressed or plan is None:
             return own_places(layer, row, head), list(range(len(row)))
-        prefix_len, budget = plan.shared_prefix_len, plan.budget
+        prefix_len, budget = plan.shared_prefix_len, req.budget
+        assert budget is not None
         column = layer * KV_HEADS + head
         first, end = self.tape.offsets[req.kv.req_pool_idx, column : column + 2].tolist()
         private = row[prefix_len : prefix_len + budget]
@@ -294,7 +311,7 @@ class Engine:
         ]
         positions = [
             *range(prefix_len),
-            *self.kept[req.rid].tape_tokens[first:end].tolist(),
+            *self.kept_of(req).tape_tokens[first:end].tolist(),
             *range(plan.prompt_len, plan.prompt_len + len(tail)),
         ]
         return torch.cat(places), positions
@@ -321,6 +338,17 @@ class Engine:
 
     def check(self) -> None:
         """Every slot has one owner, and every owner has its own entries."""
+        live = self.check_slots()
+        self.check_locks()
+        for req in live:
+            self.check_entries(req)
+        for tokens, extra_key in self.served:
+            self.check_prefix(tokens, extra_key)
+        if not live and not self.tree.disable:
+            self.tree.sanity_check()
+
+    def check_slots(self) -> list[LavaReq]:
+        """Every slot has one owner. Returns the requests that own any."""
         live = [req for req in self.prefilling + self.decoding if req.kv.holds_kv]
         private = [self.private_slots(req) for req in live]
         counted = sum(kv_private_tokens(req.kv, self.tree.page_size) for req in live)
@@ -331,13 +359,7 @@ class Engine:
         assert every.sort().values.tolist() == list(
             range(self.tree.page_size, self.allocator.size + self.tree.page_size)
         )
-        self.check_locks()
-        for req in live:
-            self.check_entries(req)
-        for tokens, extra_key in self.served:
-            self.check_prefix(tokens, extra_key)
-        if not live and not self.tree.disable:
-            self.tree.sanity_check()
+        return live
 
     def check_locks(self) -> None:
         """A compressed request locks its shared prefix, any other all that the tree has of it."""
@@ -374,8 +396,8 @@ class Engine:
         found = tape.prefix_lens[row], tape.budgets[row], tape.position_deltas[row]
         if req.compressed and req.plan is not None:
             plan = req.plan
-            assert found == (plan.shared_prefix_len, plan.budget, plan.slots_freed)
-            assert torch.equal(tape.offsets[row], self.kept[req.rid].offsets)
+            assert found == (plan.shared_prefix_len, req.budget, req.slots_freed)
+            assert torch.equal(tape.offsets[row], self.kept_of(req).offsets)
         else:
             assert found == (0, 0, 0)
         assert (tape.prefix_lens[0], tape.budgets[0], tape.position_deltas[0]) == (0, 0, 0)
@@ -394,6 +416,14 @@ class Engine:
                 assert torch.equal(self.pool.v_buffer[layer][slots, head], -keys)
 
 
+def running_batch(engine: Engine) -> Any:
+    """The decoding requests between two steps."""
+    lengths = torch.tensor([req.kv.kv_committed_len for req in engine.decoding])
+    batch = Batch(engine.decoding, engine, lengths)
+    batch.__dict__["new_tokens_required_next_decode"] = lambda: len(engine.decoding)
+    return batch
+
+
 def own_places(layer: int, slots: torch.Tensor, head: int) -> torch.Tensor:
     """int64 [n, 3]: the entries of these slots in the head's own column."""
     return torch.stack([torch.full_like(slots, layer), slots, torch.full_like(slots, head)], dim=1)
@@ -404,6 +434,7 @@ def build_engine(
     slots: int = 512,
     disable_radix_cache: bool = False,
     dtype: torch.dtype = torch.float32,
+    config: KVCompressionConfig = CONFIG,
 ) -> Engine:
     pool = LavaMHATokenToKVPool(
         size=slots,
@@ -432,7 +463,7 @@ def build_engine(
             tree_components=(ComponentType.FULL,),
         )
     )
-    coordinator = KVCompressionCoordinator()
+    coordinator = KVCompressionCoordinator(config)
     layers = [
         RadixAttention(QUERY_HEADS, HEAD_DIM, SCALING, KV_HEADS, layer_id)
         for layer_id in range(NUM_LAYERS)
@@ -440,7 +471,6 @@ def build_engine(
     coordinator.attach_model(
         SimpleNamespace(model=nn.ModuleList(layers), token_to_kv_pool=pool, req_to_token_pool=rows)
     )
-    coordinator.attach_scheduler(
-        SimpleNamespace(enable_overlap=False, device="cpu", tree_cache=tree)
-    )
-    return Engine(pool, allocator, rows, tree, coordinator)
+    engine = Engine(pool, allocator, rows, tree, coordinator)
+    coordinator.attach_scheduler(engine.scheduler)
+    return engine

@@ -165,7 +165,6 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     ("option", "value"),
     [
         ("--kv-compression", "lru"),
-        ("--kv-compression-budget", "half"),
         ("--kv-compression-min-tokens", "1.5"),
         ("--kv-compression-config", "{window_size: 32}"),
     ],

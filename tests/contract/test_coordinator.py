@@ -8,8 +8,9 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-from lava_sglang.managers.coordinator import ForwardStream, method_of
+from lava_sglang.managers.compressor import method_of
 from lava_sglang.managers.request import SkipReason
+from lava_sglang.managers.stream import ForwardStream
 from tests.contract.engine import CONFIG, Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
@@ -33,8 +34,9 @@ def test_a_finished_prefill_is_compressed_counted_and_lets_its_window_go(engine:
     assert engine.coordinator.capture.segments == []
     assert dict(engine.coordinator.stats.requests) == {"compressed": 1}
     plan = req.plan
-    assert engine.tape.position_deltas[req.kv.req_pool_idx] == plan.slots_freed
-    assert len(engine.coordinator.timer.take()) == 1
+    assert req.budget == plan.rungs[0]
+    assert engine.tape.position_deltas[req.kv.req_pool_idx] == 112 - req.budget
+    assert len(engine.coordinator.seconds()) == 1
 
 
 def test_the_forward_pass_in_flight_keeps_its_lengths(engine: Engine) -> None:
@@ -48,7 +50,7 @@ def test_the_forward_pass_in_flight_keeps_its_lengths(engine: Engine) -> None:
     engine.coordinator.end_extend(batch)
     assert [lengths.tolist() for lengths in in_flight] == [[90, 90]] * 2
     assert reqs[0].plan is not None and reqs[1].plan is None
-    compressed_len = reqs[0].plan.compressed_len
+    compressed_len = reqs[0].budget
     assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [compressed_len, 90]
     assert batch.seq_lens.dtype == in_flight[0].dtype and batch.seq_lens_sum is None
 

@@ -20,7 +20,7 @@ from torch import nn
 from lava_sglang import hooks, plugin, seams
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowQueries
-from lava_sglang.config import KVCompressionError
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
@@ -44,7 +44,7 @@ def scheduler(plugin_installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterat
         attention_registry, "ATTENTION_BACKENDS", dict(attention_registry.ATTENTION_BACKENDS)
     )
     made: Any = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="snapkv"))
-    made.kv_compression = KVCompressionCoordinator()
+    made.kv_compression = KVCompressionCoordinator(KVCompressionConfig(method="snapkv"))
     made.kv_compression_log_parts = lambda: ["#kv-comp-req: 2", "kv-comp slots saved: 30"]
     made._add_kv_compression_hooks()
     yield made
@@ -118,8 +118,10 @@ def test_the_tables_are_made_with_the_first_backend_and_once(scheduler: Any) -> 
     hook_on(seams.ATTENTION)(Backend(), runner, None)
     tape = coordinator.tape
     assert tape.budgets.shape == (5,) and tape.offsets.shape == (5, 2 * 2 + 1)
-    assert coordinator.scaling.tolist() == [0.25, 0.5]  # by layer, whatever the modules' order
-    assert coordinator.req_to_token is runner.req_to_token_pool.req_to_token
+    compressor = coordinator.compressor
+    assert compressor.scaling.tolist() == [0.25, 0.5]  # by layer, whatever the modules' order
+    assert compressor.req_to_token is runner.req_to_token_pool.req_to_token
+    assert compressor.scores is None
     hook_on(seams.ATTENTION)(Backend(), model_runner(), None)
     assert coordinator.tape is tape
 
@@ -174,7 +176,7 @@ def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> No
 
 @pytest.mark.parametrize(("mode", "expected"), [("decode", [13, 4]), ("extend", [3, 4])])
 def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: list[int]) -> None:
-    scheduler.kv_compression.tape = TapeTable(4, 1, 2, "cpu")
+    scheduler.kv_compression.compressor = SimpleNamespace(tape=TapeTable(4, 1, 2, "cpu"))
     scheduler.kv_compression.tape.commit(2, 0, 3, 10, torch.tensor([0, 1, 6]))
     batch = SimpleNamespace(
         forward_mode=forward_mode(mode),

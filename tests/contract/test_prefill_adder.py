@@ -27,6 +27,7 @@ def adder_of(engine: Engine, chunk: int | None = None, cls: type = LavaPrefillAd
         new_token_ratio=0.5,
         rem_input_tokens=16_384,
         rem_chunk_tokens=chunk,
+        **({"coordinator": engine.coordinator} if cls is LavaPrefillAdder else {}),
     )
 
 
@@ -56,7 +57,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 def test_the_copy_is_reserved(engine: Engine) -> None:
     req = matched(engine, 200)
-    expected = CONFIG.kept_tokens(200, engine.tree.page_size)
+    expected = CONFIG.rungs(200, engine.tree.page_size)[-1]
     adder = adder_of(engine)
     assert PrefillAdder._request_slot_reserve_for_req(adder, req) == 0
     assert adder._request_slot_reserve_for_req(req) == expected
@@ -74,7 +75,7 @@ def test_the_last_of_many_chunks_reserves_the_whole_copy(engine: Engine) -> None
     req.begin_prefill()
     req.prefix_len = 160  # its own chunks
     reserve = adder_of(engine)._request_slot_reserve_for_req(req, extend_input_len=40)
-    assert reserve == CONFIG.kept_tokens(200, engine.tree.page_size)
+    assert reserve == CONFIG.rungs(200, engine.tree.page_size)[-1]
 
 
 @pytest.mark.parametrize(
@@ -91,13 +92,16 @@ def test_sglangs_own_reserve_is_kept(engine: Engine, monkeypatch: pytest.MonkeyP
         type(engine.allocator), "request_slot_reserve", lambda self, **kwargs: 7, raising=True
     )
     req = matched(engine, 200)
-    expected = 7 + CONFIG.kept_tokens(200, engine.tree.page_size)
+    expected = 7 + CONFIG.rungs(200, engine.tree.page_size)[-1]
     assert adder_of(engine)._request_slot_reserve_for_req(req) == expected
     assert adder_of(engine)._request_slot_reserve_for_req(req, extend_input_len=10) == 7
 
 
 def test_the_reserve_without_an_engine() -> None:
-    """1,000 prompt tokens, 100 output tokens, one page, 250 for the copy, one to spare."""
+    """1,000 prompt tokens, 100 output tokens, one page, 250 for the copy.
+
+    The answer grows where the prompt was, so it is not counted beside it.
+    """
     req: Any = SimpleNamespace(
         full_untruncated_fill_ids=range(1000),
         prefix_len=0,
@@ -106,21 +110,22 @@ def test_the_reserve_without_an_engine() -> None:
         sampling_params=SimpleNamespace(max_new_tokens=100, ignore_eos=False),
         copy_slots=lambda: 250,
     )
-    for size, expected in [(1300, 0), (1352, 0), (1353, 250), (5000, 250)]:
+    for size, expected in [(1200, 0), (1250, 0), (1251, 250), (5000, 250)]:
         adder = LavaPrefillAdder.__new__(LavaPrefillAdder)
         adder.page_size = adder.per_req_token_overhead = 1
         adder.token_to_kv_pool_allocator = SimpleNamespace(
             size=size, request_slot_reserve=lambda **kwargs: 0
         )
+        adder.tree_cache = SimpleNamespace(disable=False)
         assert adder._request_slot_reserve_for_req(req) == expected, size
 
 
 def test_two_requests_are_not_admitted_into_room_for_one_and_a_copy(engine: Engine) -> None:
     """Both prompts fit, both copies do not: the second waits."""
     adder = adder_of(engine)
-    first, second = matched(engine, 200), matched(engine, 200, first=1000)
+    first, second = matched(engine, 205), matched(engine, 205, first=1000)
     stock = adder_of(engine, cls=PrefillAdder)
-    for req in (matched(engine, 200), matched(engine, 200, first=1000)):
+    for req in (matched(engine, 205), matched(engine, 205, first=1000)):
         req.sampling_params.max_new_tokens = 8
         stock.add_one_req(req, has_chunked_req=False, truncation_align_size=None)
         engine.tree.unlock(req.lock)

@@ -41,7 +41,7 @@ def request(
 
 
 def with_config(**changes: Any) -> KVCompressionConfig:
-    return CONFIG.model_copy(update=changes)
+    return KVCompressionConfig(**{**CONFIG.model_dump(), **changes})
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,14 @@ def with_config(**changes: Any) -> KVCompressionConfig:
 def test_a_plan(length: int, prefix_len: int, page_size: int, budget: float, expected: int) -> None:
     req = request(length, with_config(budget=budget), page_size)
     plan = req.plan_for(prefix_len)
-    assert plan == CompressionPlan(length, prefix_len, expected)
+    assert plan == CompressionPlan(length, prefix_len, (expected,))
     assert isinstance(plan, CompressionPlan)
     assert plan.suffix_len == length - prefix_len
-    assert plan.slots_freed == length - prefix_len - expected
-    assert plan.compressed_len == prefix_len + expected
 
 
 def test_scope_prompt_plans_the_whole_prompt() -> None:
     req = request(config=with_config(scope="prompt"))
-    assert req.plan_for(640) == req.plan_for(0) == CompressionPlan(1000, 0, 250)
+    assert req.plan_for(640) == req.plan_for(0) == CompressionPlan(1000, 0, (250,))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ def test_a_request_that_is_kept_from_the_tree_is_not_compressed() -> None:
     req = request()
     req.skip_radix_cache_insert = True
     assert req.plan_for(0) is SkipReason.UNSUPPORTED_REQUEST
-    req.compressed = True  # then the flag is our own
+    req.budget = 250  # then the flag is our own
     assert isinstance(req.plan_for(0), CompressionPlan)
 
 
@@ -123,6 +121,7 @@ def test_every_reason_is_shown() -> None:
         "budget_covers_suffix",
         "no_decode",
         "no_room",
+        "no_pressure",
         "no_queries",
         "aborted",
         "unsupported_request",
@@ -133,7 +132,7 @@ def test_output_tokens_that_a_retraction_kept_are_part_of_the_prompt() -> None:
     req = request(max_new_tokens=16)
     req.output_ids.extend(range(10))
     req.refresh_fill_ids()
-    assert req.plan_for(0) == CompressionPlan(1010, 0, 253)
+    assert req.plan_for(0) == CompressionPlan(1010, 0, (253,))
     req.output_ids.extend(range(5))
     assert req.plan_for(0) is SkipReason.NO_DECODE
 
@@ -142,10 +141,10 @@ def test_the_plan_is_fixed_at_the_first_chunk() -> None:
     req = request()
     req.prefix_len = 128
     req.begin_prefill()
-    assert req.plan == CompressionPlan(1000, 128, 218)
+    assert req.plan == CompressionPlan(1000, 128, (218,))
     req.prefix_len = 512  # its own chunk, in the tree by now
     req.begin_prefill()
-    assert req.plan == CompressionPlan(1000, 128, 218)
+    assert req.plan == CompressionPlan(1000, 128, (218,))
     assert req.copy_slots() == 218
 
 
@@ -213,7 +212,7 @@ def retracted(prefix_len: int, **kwargs: Any) -> LavaReq:
     req.prefix_len = prefix_len
     req.begin_prefill()
     req.extend_end = len(req.full_untruncated_fill_ids)
-    req.compressed = req.plan is not None
+    req.budget = None if req.plan is None else req.plan.rungs[0]
     req.skip_radix_cache_insert = req.compressed
     req.output_ids.extend([1, 2, 3])
     req.kv.req_pool_idx = None
@@ -234,16 +233,16 @@ def test_a_retracted_request_owns_what_it_owned() -> None:
     req = retracted(256)
     assert req._compute_max_prefix_len(1003) == 1003 - 32
     req.prefix_len = 971
-    assert req.copy_slots() == CONFIG.kept_tokens(1003 - 256, 1)
+    assert req.copy_slots() == CONFIG.rungs(1003 - 256, 1)[-1]
     req.begin_prefill()
-    assert req.plan == CompressionPlan(1003, 256, 187)
+    assert req.plan == CompressionPlan(1003, 256, (187,))
 
 
 def test_a_retracted_request_whose_prefix_was_evicted_owns_more() -> None:
     req = retracted(256)
     req.prefix_len = 128
     req.begin_prefill()
-    assert req.plan == CompressionPlan(1003, 128, 219)
+    assert req.plan == CompressionPlan(1003, 128, (219,))
 
 
 def test_a_second_retraction_keeps_what_the_first_plan_owned() -> None:
@@ -275,7 +274,7 @@ def test_info_of_a_compressed_request() -> None:
     req = request()
     req.prefix_len = 200
     req.begin_prefill()
-    req.compressed = True
+    req.budget = 200
     assert req.info() == {
         "method": "snapkv",
         "status": "compressed",

@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from lava_sglang.managers.request import LavaReq, SkipReason
 from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
 from lava_sglang.policy import METHODS
-from tests.contract.engine import CONFIG, Engine, build_engine
+from tests.contract.engine import CONFIG, Engine, build_engine, running_batch
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
@@ -282,7 +282,7 @@ def test_a_prompt_that_the_tree_holds_is_compressed_whole_under_scope_prompt(
 
 def test_no_room_leaves_the_request_uncompressed(page_size: int) -> None:
     engine = build_engine(page_size, slots=128)
-    config = CONFIG.model_copy(update={"budget": 0.5})
+    config = CONFIG.model_copy(update={"budget": (0.5,)})
     req = engine.request(text(100), config)
     assert engine.admit(req)
     engine.extend((req, None))
@@ -321,7 +321,8 @@ def random_text(rng: random.Random, documents: list[list[int]]) -> list[int]:
 def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: int) -> None:
     """Admit, chunk, compress, decode, finish, retract, flush in any order; checked every step."""
     rng = random.Random(seed)
-    engine = build_engine(page_size, slots=384, disable_radix_cache=disabled)
+    ladder = CONFIG.model_copy(update={"budget": (0.5, 0.25)})
+    engine = build_engine(page_size, slots=384, disable_radix_cache=disabled, config=ladder)
     documents = [text(90, first=1000 * number) for number in range(3)]
     waiting: list[LavaReq] = []
 
@@ -331,11 +332,15 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
             waiting.append(req)
 
     def new_request() -> LavaReq:
+        budget = rng.choice([(0.1,), (0.25,), (0.6, 0.3, 0.1), (1.0,), (1.0, 0.5), (24.0,)])
+        # Of the others a trim is not what a compression at once is, or there is none.
+        methods = ["lava", "snapkv", "random"] if len(budget) > 1 else list(METHODS)
         config = CONFIG.model_copy(
             update={
-                "method": rng.choice(list(METHODS)),
-                "budget": rng.choice([0.1, 0.25, 0.6, 1.0, 24.0]),
-                "scope": rng.choice(["suffix", "suffix", "prompt"]),
+                "method": rng.choice(methods),
+                "budget": budget,
+                "scope": rng.choice(["suffix", "suffix", "prompt", "auto"]),
+                "trigger": rng.choice(["always", "always", "pressure"]),
             }
         )
         tenant = rng.choice([None, None, "tenant"])
@@ -362,6 +367,12 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
             if len(engine.decoding) * page_size <= engine.allocator.available_size():
                 engine.decode()
 
+    def shrink() -> None:
+        batch = running_batch(engine)
+        steps = iter([False] * rng.choice([1, 2, 4]))
+        engine.coordinator.make_room(batch, lambda: next(steps, True))
+        assert batch.seq_lens.tolist() == [req.kv.kv_committed_len for req in engine.decoding]
+
     def finish() -> None:
         if engine.decoding:
             engine.finish(rng.choice(engine.decoding))
@@ -381,6 +392,7 @@ def test_random_lifecycles_leak_nothing(page_size: int, disabled: bool, seed: in
             engine.served.clear()
 
     actions = [start, start, start, extend, extend, extend, decode, decode, finish, finish, retract]
+    actions += [shrink, shrink]
     for _ in range(100):
         rng.choice([*actions, flush])()
         engine.check()

@@ -12,7 +12,7 @@ from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
-from lava_sglang.managers.request import CompressionPlan, LavaReq
+from lava_sglang.managers.request import LavaReq
 from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.metrics import StreamTimer
 
@@ -39,16 +39,15 @@ def scheduler() -> Any:
     """Ours, before SGLang has built anything in it."""
     made = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="random"))
     made.kv_compression_config = CONFIG
-    made.kv_compression = KVCompressionCoordinator()
-    made.kv_compression.timer = StreamTimer("cpu")
+    made.kv_compression = KVCompressionCoordinator(CONFIG)
+    made.kv_compression.compressor = SimpleNamespace(timer=StreamTimer("cpu"))
     made.page_size = 16
     made.running_batch = SimpleNamespace(reqs=[])
     return made
 
 
 def running(freed: int) -> Any:
-    plan = CompressionPlan(prompt_len=1000 + freed, shared_prefix_len=0, budget=1000)
-    return SimpleNamespace(compressed=True, plan=plan)
+    return SimpleNamespace(compressed=True, slots_freed=freed)
 
 
 def test_a_request_is_ours_with_the_servers_settings(scheduler: Any) -> None:
@@ -117,7 +116,9 @@ def test_freed_slots_open_admission_again(
 
 
 def test_sglang_gets_our_classes(scheduler: Any) -> None:
-    assert scheduler.get_prefill_adder_class() is LavaPrefillAdder
+    adder = scheduler.get_prefill_adder_class()
+    assert adder.func is LavaPrefillAdder
+    assert adder.keywords == {"coordinator": scheduler.kv_compression}
     assert scheduler.get_output_streamer_class() is LavaOutputStreamer
     assert issubclass(LavaPrefillAdder, stock().get_prefill_adder_class(scheduler))
     assert issubclass(LavaOutputStreamer, stock().get_output_streamer_class(scheduler))
@@ -133,7 +134,7 @@ def test_the_log_parts_tell_what_runs(scheduler: Any) -> None:
 def test_prometheus_is_told_with_the_log_line(scheduler: Any) -> None:
     series = scheduler.kv_compression.stats.prometheus = Prometheus()
     scheduler.running_batch.reqs = [running(300)]
-    with scheduler.kv_compression.timer:
+    with scheduler.kv_compression.compressor.timer:
         pass
     scheduler.kv_compression_log_parts()
     scheduler.kv_compression_log_parts()
@@ -155,11 +156,11 @@ def test_gauges_go_back_to_zero_when_the_server_is_idle(
 def test_times_do_not_pile_up_where_nobody_reads_them(scheduler: Any) -> None:
     """Without `--enable-metrics`, and on ranks that do not log."""
     for _ in range(3000):
-        with scheduler.kv_compression.timer:
+        with scheduler.kv_compression.compressor.timer:
             pass
-    assert len(scheduler.kv_compression.timer.pending) <= 1024
+    assert len(scheduler.kv_compression.compressor.timer.pending) <= 1024
     scheduler.kv_compression_log_parts()
-    assert not scheduler.kv_compression.timer.pending
+    assert not scheduler.kv_compression.compressor.timer.pending
 
 
 def test_server_info_carries_the_totals(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,5 +172,6 @@ def test_server_info_carries_the_totals(scheduler: Any, monkeypatch: pytest.Monk
     assert scheduler.get_internal_state("recv_req") is reply
     assert reply.internal_state["stock"] == 1
     stats = reply.internal_state["kv_compression_stats"]
+    assert stats["dp_rank"] == 0
     assert stats["running_compressed_requests"] == 1 and stats["running_slots_saved"] == 300
     assert (stats["pool_slots"], stats["free_slots"], stats["evictable_slots"]) == (100, 20, 7)

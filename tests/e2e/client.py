@@ -52,9 +52,14 @@ def info(response: Response) -> dict[str, Any]:
 
 
 def stats(url: str) -> dict[str, Any]:
-    state = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"][0]
-    found: dict[str, Any] = state["kv_compression_stats"]
-    return found
+    """Of the first data-parallel replica."""
+    return replica_stats(url)[0]
+
+
+def replica_stats(url: str) -> list[dict[str, Any]]:
+    """One for each data-parallel replica, by rank."""
+    states = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"]
+    return sorted((s["kv_compression_stats"] for s in states), key=lambda s: s["dp_rank"])
 
 
 def metric(url: str, name: str) -> float:
@@ -67,6 +72,6 @@ def metric(url: str, name: str) -> float:
 
 def assert_no_leak(url: str) -> None:
     """Invariant 3, for an idle server: free + evictable slots == the pool."""
-    found = stats(url)
-    assert found["free_slots"] + found["evictable_slots"] == found["pool_slots"], found
-    assert found["running_compressed_requests"] == 0
+    for found in replica_stats(url):
+        assert found["free_slots"] + found["evictable_slots"] == found["pool_slots"], found
+        assert found["running_compressed_requests"] == 0

@@ -12,6 +12,7 @@ from lava_sglang.kernels.compact import compact_triton
 from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
 from lava_sglang.kernels.select import select_triton
+from lava_sglang.kernels.trim import move_triton
 from lava_sglang.kernels.window_scores import window_scores_triton
 
 LAYERS, KV_HEADS, SLOTS, PROMPT, BUDGET, WINDOW = 4, 8, 4096, 1024, 256, 32
@@ -47,6 +48,7 @@ def cases(full: bool) -> list[Case]:
         *(_decode(*shape) for shape in decode),
         *(_window_scores(*shape) for shape in window),
         *(_compact(*shape) for shape in copied),
+        *(_move(*shape) for shape in copied),
         *(_select(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
         *(_layer_split(num_layers) for num_layers in ((32, 80, 128) if full else (32,))),
     ]
@@ -113,6 +115,15 @@ def _compact(head_dim: int, dtype: torch.dtype) -> Case:
         )
 
     return Case(f"compact D{head_dim} {_dtype_name(dtype)}", launch)
+
+
+def _move(head_dim: int, dtype: torch.dtype) -> Case:
+    def launch() -> None:
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        rows = torch.zeros(BUDGET, dtype=torch.int64)
+        move_triton(_arena(head_dim, dtype).view(bits), rows, rows)
+
+    return Case(f"trim D{head_dim} {_dtype_name(dtype)}", launch)
 
 
 def _select(num_kv_heads: int) -> Case:

@@ -17,7 +17,10 @@ from lava_sglang.config import (
     KVCompressionError,
 )
 
-BUDGET_RANGE = "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size"
+BUDGET_RANGE = (
+    "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size; "
+    "or a ladder of fractions or of numbers, each below the one before, such as 0.5,0.25,0.125"
+)
 METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
@@ -48,9 +51,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("pool_width", "7", "an odd number of tokens from 1 to 63"),
     ("sink_tokens", -1, "a whole number of tokens from 0 up"),
     ("sink_tokens", 0.5, "a whole number of tokens from 0 up"),
-    ("scope", "all", "'suffix' or 'prompt'"),
-    ("scope", None, "'suffix' or 'prompt'"),
-    ("scope", 1, "'suffix' or 'prompt'"),
+    ("scope", "all", "'suffix', 'prompt' or 'auto'"),
+    ("scope", None, "'suffix', 'prompt' or 'auto'"),
+    ("scope", 1, "'suffix', 'prompt' or 'auto'"),
+    ("trigger", "never", "'always' or 'pressure'"),
+    ("decode_interval", 0, "a whole number of tokens above window_size, or null"),
+    ("decode_interval", 32, "a whole number of tokens above window_size, or null"),
+    ("decode_interval", 64.5, "a whole number of tokens above window_size, or null"),
+    ("admit_ahead", 1, "true or false"),
     ("seed", -1, "a whole number from 0 to 2**63 - 1"),
     ("seed", 1.5, "a whole number from 0 to 2**63 - 1"),
 ]
@@ -69,7 +77,7 @@ def option(setting: str) -> str:
 def test_the_defaults_are_valid_and_off() -> None:
     config = KVCompressionConfig.parse({})
     assert config == KVCompressionConfig()
-    assert (config.method, config.budget, config.enabled) == ("none", 0.25, False)
+    assert (config.method, config.budget, config.enabled) == ("none", (0.25,), False)
     assert (config.window_size, config.pool_width, config.scope) == (32, 7, "suffix")
 
 
@@ -131,7 +139,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
 
 @pytest.mark.parametrize("budget", [0.001, 0.25, 1, 1.0, 33, 33.0, 100_000])
 def test_good_budgets(budget: float) -> None:
-    assert KVCompressionConfig.parse({"budget": budget}).budget == budget
+    assert KVCompressionConfig.parse({"budget": budget}).budget == (budget,)
 
 
 @pytest.mark.parametrize("method", METHOD_CHOICES)
@@ -164,14 +172,75 @@ def test_an_error_joins_its_reasons() -> None:
         (64, 1000, 64, 64),
         (65, 1000, 64, 128),
         (0.25, 40, 1, 33),  # the window and one scored token
-        (0.25, 40, 16, 48),
-        (1, 1000, 1, 1000),
-        (1.0, 1000, 16, 1008),
-        (2000, 1000, 1, 2000),
     ],
 )
-def test_kept_tokens(budget: float, suffix_len: int, page_size: int, expected: int) -> None:
-    assert KVCompressionConfig(budget=budget).kept_tokens(suffix_len, page_size) == expected
+def test_one_rung(budget: float, suffix_len: int, page_size: int, expected: int) -> None:
+    assert KVCompressionConfig(budget=budget).rungs(suffix_len, page_size) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("budget", "suffix_len", "page_size"),
+    [
+        (1, 1000, 1),
+        (1.0, 1000, 16),
+        (2000, 1000, 1),
+        (0.999, 1000, 16),
+        (0.5, 33, 1),
+        (0.25, 40, 16),
+    ],
+)
+def test_no_rung_where_nothing_would_be_dropped(
+    budget: float, suffix_len: int, page_size: int
+) -> None:
+    assert KVCompressionConfig(budget=budget).rungs(suffix_len, page_size) == ()
+
+
+@pytest.mark.parametrize(
+    ("budget", "suffix_len", "page_size", "expected"),
+    [
+        ((0.5, 0.25, 0.125), 1000, 1, (500, 250, 125)),
+        ((0.5, 0.25, 0.125), 100, 1, (50, 33)),  # the lowest two are the window and one entry
+        ((0.5, 0.25, 0.2), 64, 16, (48,)),
+        ((1, 0.5), 1000, 1, (500,)),
+        ((2000, 400, 100), 300, 1, (100,)),
+    ],
+)
+def test_a_ladder_has_different_rungs_only(
+    budget: tuple[float, ...], suffix_len: int, page_size: int, expected: tuple[int, ...]
+) -> None:
+    assert KVCompressionConfig(budget=budget).rungs(suffix_len, page_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "suffix_len", "covers"),
+    [((1, 0.5), 9, True), ((0.9, 0.5), 9, False), ((100, 50), 100, True), ((100, 50), 101, False)],
+)
+def test_a_first_rung_that_drops_nothing(
+    budget: tuple[float, ...], suffix_len: int, covers: bool
+) -> None:
+    assert KVCompressionConfig(budget=budget).covers(suffix_len) is covers
+
+
+@pytest.mark.parametrize(
+    "budget", [(0.25, 0.5), (0.5, 0.5), (0.5, 64), (64, 0.5), (100, 200), (0.5, 0), (0.5, 1.5)]
+)
+def test_a_ladder_falls_on_one_scale(budget: tuple[float, ...]) -> None:
+    (reason,) = reasons({"budget": budget})
+    shown = ",".join(str(int(rung) if rung == int(rung) else rung) for rung in budget)
+    assert reason.startswith(f"budget={shown}: accepts {BUDGET_RANGE}")
+
+
+def test_streamingllm_takes_one_budget() -> None:
+    (reason,) = reasons({"method": "streamingllm", "budget": (0.5, 0.25)})
+    assert "budget=0.5,0.25" in reason and "streamingllm takes one budget" in reason
+
+
+def test_a_request_has_a_ladder_only_where_the_server_has() -> None:
+    one, ladder = (KVCompressionConfig(method="lava", budget=b) for b in (0.25, (0.5, 0.25)))
+    assert ladder.for_request({"budget": [0.4, 0.2]}).budget == (0.4, 0.2)
+    assert ladder.for_request({"budget": 0.4}).budget == (0.4,)
+    (reason,) = request_reasons(one, {"budget": [0.4, 0.2]})
+    assert reason.startswith("kv_compression.budget=0.4,0.2: accepts one budget on this server")
 
 
 @settings(deadline=None, max_examples=300)
@@ -181,19 +250,19 @@ def test_kept_tokens(budget: float, suffix_len: int, page_size: int, expected: i
     page_size=st.sampled_from([1, 2, 16, 64, 256]),
     window_size=st.integers(1, 128),
 )
-def test_kept_tokens_are_whole_pages_above_the_window_and_grow_with_the_budget(
+def test_rungs_are_whole_pages_above_the_window_and_grow_with_the_budget(
     data: st.DataObject, suffix_len: int, page_size: int, window_size: int
 ) -> None:
     budgets = st.one_of(st.floats(1e-6, 1), st.integers(window_size + 1, 6000).map(float))
     smaller, larger = sorted([data.draw(budgets), data.draw(budgets)])
     kept = [
-        KVCompressionConfig(budget=budget, window_size=window_size).kept_tokens(
-            suffix_len, page_size
-        )
+        KVCompressionConfig(budget=budget, window_size=window_size).rungs(suffix_len, page_size)
+        or (suffix_len,)
         for budget in (smaller, larger)
     ]
-    assert all(type(count) is int and count % page_size == 0 for count in kept)
-    assert min(kept) >= window_size + 1
+    for (count,) in kept:
+        assert type(count) is int and (count == suffix_len or count % page_size == 0)
+        assert count == suffix_len or window_size + 1 <= count < suffix_len
     if (smaller <= 1) == (larger <= 1):  # fractions and tokens are two scales
         assert kept[0] <= kept[1]
 
@@ -226,6 +295,8 @@ def test_a_request_switches_compression_off(
 def test_a_request_overrides_method_and_budget(
     server: KVCompressionConfig, override: dict[str, Any]
 ) -> None:
+    if "budget" in override:
+        override = {**override, "budget": (override["budget"],)}
     assert server.for_request(override) == server.model_copy(update=override)
 
 
@@ -246,7 +317,7 @@ def request_reasons(server: KVCompressionConfig, override: Any) -> list[str]:
         ({"budget": 40.5}, "budget", BUDGET_RANGE),
         ({"budget": "0.5"}, "budget", BUDGET_RANGE),
         ({"budget": None}, "budget", BUDGET_RANGE),
-        ({"budget": [0.5]}, "budget", BUDGET_RANGE),
+        ({"budget": []}, "budget", BUDGET_RANGE),
         ({"budget": True}, "budget", BUDGET_RANGE),
         ({"method": "none"}, "method", METHOD_RANGE),
         ({"method": "lru"}, "method", METHOD_RANGE),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU platform: when it is on, which `sgl_kernel` stays, what the stand-in does."""
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -27,12 +28,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that has not decided yet: no `sgl_kernel`, none of our variables, no arguments."""
     before = loaded_sgl_kernel_modules()
     with mock.patch.dict(os.environ):
-        for name in (
-            platform.CPU_ENGINE_ENV,
-            platform._NOTICE_ENV,
-            "OMP_WAIT_POLICY",
-            "GOMP_SPINCOUNT",
-        ):
+        for name in (platform.CPU_ENGINE_ENV, platform._NOTICE_ENV, *platform._DEFAULTS):
             os.environ.pop(name, None)
         for module in before:
             del sys.modules[module]
@@ -115,12 +111,18 @@ def test_nothing_changes_on_a_machine_with_an_accelerator(
     assert loaded_sgl_kernel_modules() == {}
 
 
-def test_activation_sets_the_engine_and_respects_openmp_settings(broken_library: None) -> None:
+def test_activation_sets_the_engine_and_respects_the_users_settings(broken_library: None) -> None:
     os.environ["OMP_WAIT_POLICY"] = "active"
     assert platform.activate() == platform.CPU_PLATFORM_CLASS
     assert os.environ[platform.CPU_ENGINE_ENV] == "1"
     assert os.environ["OMP_WAIT_POLICY"] == "active"
     assert os.environ["GOMP_SPINCOUNT"] == "0"
+
+
+def test_the_ranks_of_a_cpu_engine_do_not_look_for_nccl(broken_library: None) -> None:
+    platform.activate()
+    with pytest.raises(OSError, match="not-used-on-a-cpu"):
+        ctypes.CDLL(os.environ["SGLANG_NCCL_SO_PATH"])
 
 
 def test_the_real_library_stays_where_it_loads(

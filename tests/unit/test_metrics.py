@@ -18,11 +18,6 @@ class Plan(NamedTuple):
 
     prompt_len: int
     suffix_len: int
-    budget: int
-
-    @property
-    def slots_freed(self) -> int:
-        return self.suffix_len - self.budget
 
 
 @dataclass
@@ -30,14 +25,19 @@ class Request:
     """What the totals read of a LavaReq."""
 
     plan: Plan | None = None
-    compressed: bool = False
+    budget: int | None = None
+    slots_freed: int = 0
     skip_reason: str | None = None
 
+    @property
+    def compressed(self) -> bool:
+        return self.budget is not None
 
-COMPRESSED = Request(Plan(1000, 800, 200), compressed=True)
-SMALL = Request(Plan(100, 100, 40), compressed=True)
+
+COMPRESSED = Request(Plan(1000, 800), budget=200, slots_freed=600)
+SMALL = Request(Plan(100, 100), budget=40, slots_freed=60)
 TOO_SHORT = Request(skip_reason="too_short")
-NO_ROOM = Request(Plan(500, 500, 100), skip_reason="no_room")
+NO_ROOM = Request(Plan(500, 500), skip_reason="no_room")
 LABELS = {"model_name": "demo", "tp_rank": "0"}
 
 
@@ -51,6 +51,8 @@ def test_totals_count_each_outcome_and_only_compressed_tokens() -> None:
         "suffix_tokens": 900,
         "kept_tokens": 240,
         "slots_freed": 660,
+        "trims": 0,
+        "slots_trimmed": 0,
         "running_compressed_requests": 0,
         "running_slots_saved": 0,
     }
@@ -75,7 +77,14 @@ def series(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrometheusSeries]:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     made = PrometheusSeries(LABELS)
     yield made
-    for collector in (made.requests, made.tokens, made.running, made.saved, made.seconds):
+    for collector in (
+        made.requests,
+        made.tokens,
+        made.trims,
+        made.running,
+        made.saved,
+        made.seconds,
+    ):
         prometheus_client.REGISTRY.unregister(collector)
 
 

@@ -19,6 +19,8 @@ from tests.oracle import (
     Prefill,
     Step,
     assert_same_tokens,
+    lava_keep,
+    per_rank_keep,
     snapkv_keep,
     streamingllm_keep,
 )
@@ -288,6 +290,19 @@ def test_stops_at_end_of_sequence(oracle: Oracle, prefill: Prefill) -> None:
     stop = tokens[9]
     stopped = oracle.greedy(prefill, None, NEW_TOKENS, eos_ids=[stop])
     assert stopped == free[: tokens.index(stop) + 1]
+
+
+def test_ranks_keep_their_share_each_from_their_own_heads(prefill: Prefill) -> None:
+    split = (11, 20, WINDOW)
+    kept = per_rank_keep(lava_keep, prefill, KV_HEADS, *split)
+    assert (kept.sum(dim=(0, 2)) == LAYERS * (11 + 20)).all()
+    assert not torch.equal(kept, lava_keep(prefill, *split))
+    assert torch.equal(per_rank_keep(lava_keep, prefill, 1, *split), lava_keep(prefill, *split))
+    # A head's choice by SnapKV reads nothing of other heads.
+    uniform = per_rank_keep(snapkv_keep, prefill, KV_HEADS, *split)
+    assert torch.equal(uniform, snapkv_keep(prefill, *split))
+    with pytest.raises(ValueError, match="tp_size is 3, must divide 2 KV heads"):
+        per_rank_keep(snapkv_keep, prefill, 3, *split)
 
 
 @pytest.mark.parametrize("levels", [None, 5, 1], ids=["no ties", "many ties", "all tied"])

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites one request's entries: the exact suffix to a tape, and a tape to a shorter one.
+
+Everything is known on the host but which entries are kept, so nothing is read back.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.kernels.compact import compact
+from lava_sglang.kernels.trim import trim
+from lava_sglang.managers.request import LavaReq, SkipReason
+from lava_sglang.managers.stream import ForwardStream
+from lava_sglang.mem_cache.row import alloc_slots, drop_slots, swap_in_private_slots
+from lava_sglang.mem_cache.scores import ScoreTable
+from lava_sglang.mem_cache.tape import TapeTable
+from lava_sglang.metrics import StreamTimer
+from lava_sglang.policy import METHODS, Method, PromptView, choose, keep_fewer, rank
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def method_of(config: KVCompressionConfig) -> Method:
+    return METHODS[config.method](config)
+
+
+class Compressor:
+    """Device work on the pool of one scheduler, and the bookkeeping that goes with it.
+
+    scores: None without a ladder; nothing is trimmed then.
+    """
+
+    def __init__(self, runner: Any, tape: TapeTable, scores: ScoreTable | None):
+        self.kv_pool = runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.scaling = attention_scaling(runner.model, self.kv_pool.device)
+        self.timer = StreamTimer(self.kv_pool.device)
+        self.tape = tape
+        self.scores = scores
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        self.stream = ForwardStream(scheduler)
+        self.tree_cache = scheduler.tree_cache
+
+    def compress(self, req: LavaReq, budget: int) -> bool:
+        """Copy what the request's method keeps of its suffix to `budget` fresh slots.
+
+        Mutates the request, its row and the tree; the exact suffix becomes evictable. False, with
+        the reason in the request, where there is no room for the copy or nothing to score by.
+        """
+        plan = req.plan
+        assert plan is not None and not req.compressed
+        method = method_of(req.compression)
+        if method.needs_queries and (req.window is None or not req.window.complete):
+            logger.error("no window queries for %s: served uncompressed", req.rid)
+            req.skip_reason = SkipReason.NO_QUERIES
+            return False
+        private = alloc_slots(self.tree_cache, budget, req.kv.kv_committed_len - plan.prompt_len)
+        if private is None:
+            req.skip_reason = SkipReason.NO_ROOM
+            return False
+        row = req.kv.req_pool_idx
+        # A snapshot: the tree may rewrite the row.
+        exact_slots = self.req_to_token[row, : req.kv.kv_committed_len].long()
+        prompt_slots = exact_slots[: plan.prompt_len]
+        slots = private[:budget]
+        tail_slots = None
+        self.stream.keep_alive(private, exact_slots)
+        with self.stream, self.timer:
+            prompt = PromptView(
+                arena=self.kv_pool.arena,
+                slots=prompt_slots,
+                queries=None if req.window is None else req.window.queries(),
+                scaling=self.scaling,
+                shared_prefix_len=plan.shared_prefix_len,
+                window_size=req.compression.window_size,
+            )
+            ranking = rank(method, prompt)
+            kept = choose(method, ranking, prompt, budget)
+            compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
+            if self.scores is not None:
+                self.scores.store(row, slots, prompt, ranking, kept)
+            if len(private) > budget:  # whole pages: the tail does not start where a page does
+                tail = exact_slots[plan.prompt_len :]
+                tail_slots = private[budget : budget + len(tail)]
+                self.kv_pool.arena[:, :, tail_slots] = self.kv_pool.arena[:, :, tail]
+            removed = plan.suffix_len - budget
+            self.tape.commit(row, plan.shared_prefix_len, budget, removed, kept.offsets)
+        self.stream.fence_row_writes()
+        swap_in_private_slots(req, self.tree_cache, plan.shared_prefix_len, slots, tail_slots)
+        req.budget = budget
+        req.window = None
+        return True
+
+    def trim(self, req: LavaReq, budget: int) -> None:
+        """Keep the best of a compressed request's entries, in the first `budget` of its slots.
+
+        Mutates the request and its row, and frees the other slots. The kept entries are those of a
+        compression to `budget` at once.
+        """
+        plan = req.plan
+        assert plan is not None and req.budget is not None and self.scores is not None
+        row, prefix_len, old = req.kv.req_pool_idx, plan.shared_prefix_len, req.budget
+        slots = self.req_to_token[row, prefix_len : prefix_len + old].long()
+        self.stream.keep_alive(slots)
+        with self.stream, self.timer:
+            tape_scores = self.scores.read(slots)
+            kept = keep_fewer(
+                method_of(req.compression),
+                tape_scores,
+                self.tape.offsets[row],
+                self.scores.layer_weights[row],
+                plan.suffix_len,
+                req.compression.window_size,
+                budget,
+            )
+            trim(self.kv_pool.arena, slots, kept.places, budget)
+            self.scores.write(slots[:budget], tape_scores[kept.places])
+            self.tape.commit(row, prefix_len, budget, plan.suffix_len - budget, kept.offsets)
+        self.stream.fence_row_writes()
+        drop_slots(req, self.tree_cache, prefix_len + budget, prefix_len + old)
+        req.budget = budget
+
+
+def attention_scaling(model: torch.nn.Module, device: torch.device | str) -> torch.Tensor:
+    """Factor on the attention logits of each layer, float32 [num_layers]."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    ordered = sorted(layers, key=lambda layer: layer.layer_id)
+    return torch.tensor([layer.scaling for layer in ordered], dtype=torch.float32, device=device)
