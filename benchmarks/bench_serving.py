@@ -173,7 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["stock", "off", "lava@0.25"],
         metavar="TARGET",
-        help=f"METHOD@BUDGET, METHOD@BUDGET:SCOPE, or one of: {targets} (%(default)s)",
+        help=f"METHOD@BUDGET, METHOD@BUDGET:SETTING=VALUE, or one of: {targets} (%(default)s)",
     )
     add("--method", choices=METHOD_CHOICES[1:], default="lava", help="of off and below-threshold")
     add("--min-tokens", type=int, help="the servers' --kv-compression-min-tokens")

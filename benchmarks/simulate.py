@@ -62,17 +62,23 @@ def _swept(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"--chip {arguments.chip}: the {model.weight_bytes / 1e9:.0f} GB of {model.name} leave "
             "no room for slots: accepts a chip with more memory, or --slots"
         )
-    server = ServerShape(slots, arguments.chunked_prefill_size)
-    config = KVCompressionConfig(method=arguments.method)
+    queries = model.layers * model.query_heads * model.head_dim * model.bytes_per_value
+    server = ServerShape(
+        slots,
+        arguments.chunked_prefill_size,
+        window_bytes=KVCompressionConfig().window_size * queries,
+    )
+    names = ("method", "min_tokens", "trigger", "admit_ahead")
+    compression = {name: getattr(arguments, name) for name in names}
     title = f"{model.name}, {CHIPS[arguments.chip].name}, {slots:,} slots"
     points: list[Point] = []
     progress = Console(stderr=True)
     begin = time.perf_counter()
-    for point in sweep(server, costs, config, arguments.budgets, make_cases(arguments)):
+    for point in sweep(server, costs, compression, arguments.budgets, make_cases(arguments)):
         points.append(point)
         speed = (point.outcome.answered + point.outcome.refused) / point.wall_seconds
         progress.print(
-            f"prompt {point.prompt_tokens}, rate {point.rate}, budget {point.budget:g}: "
+            f"prompt {point.prompt_tokens}, rate {point.rate}, budget {point.budget}: "
             f"{point.wall_seconds:.1f} s, {speed:,.0f} requests simulated a second",
             highlight=False,
         )
@@ -136,8 +142,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overhead-ms", type=float, default=1.0, help="of a step, assumed (%(default)s)")
     add("--chunked-prefill-size", type=int, default=8192, help="(%(default)s)")
     add("--method", choices=METHOD_CHOICES[1:], default="lava", help="(%(default)s)")
-    budgets = [STOCK, 0.5, 0.25, 0.125, 0.0625]
-    add("--budgets", type=float, nargs="+", default=budgets, help="1 is stock (%(default)s)")
+    add("--min-tokens", type=int, default=KVCompressionConfig().min_tokens, help="(%(default)s)")
+    add("--trigger", choices=["always", "pressure"], default="always", help="(%(default)s)")
+    add("--admit-ahead", action="store_true", help="as the setting of this name")
+    add(
+        "--budgets",
+        nargs="+",
+        default=[STOCK, "0.5", "0.25", "0.125", "0.0625"],
+        help="1 is stock; a ladder has commas: 0.5,0.25,0.125 (%(default)s)",
+    )
     add("--requests", type=int, default=2000, help="(%(default)s)")
     add("--rate", type=float, nargs="+", default=[math.inf], help="requests a second (all at once)")
     lengths = [2000, 8000, 32000]

@@ -77,8 +77,9 @@ class Measurement:
         """How many requests of this load fit the pool while they decode, if they share nothing."""
         held = self.prompt_tokens
         if self.counters.compression is not None:
-            held += self.counters.compression["kept_tokens"]
-            held -= self.counters.compression["suffix_tokens"]
+            compression = self.counters.compression
+            held += compression["kept_tokens"] - compression["slots_trimmed"]
+            held -= compression["suffix_tokens"]
         each = (held + self.output_tokens) / len(self.requests)
         return min(int(self.pool_slots / each), len(self.requests))
 

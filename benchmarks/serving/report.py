@@ -37,10 +37,8 @@ ROWS: dict[str, tuple[Value, str]] = {
     "requests in the batch, peak": (lambda m: m.peak_running, ".0f"),
     "slots held, peak": (lambda m: m.peak_used_slots, ",.0f"),
     "retractions": (lambda m: m.counters.retractions, ".0f"),
-    "requests compressed": (
-        lambda m: None if m.counters.compression is None else m.counters.compression["compressed"],
-        ".0f",
-    ),
+    "requests compressed": (lambda m: _compression(m, "compressed"), ".0f"),
+    "steps down a ladder": (lambda m: _compression(m, "trims") or None, ".0f"),
 }
 ALLOWED = "  what the slots allow"
 RATIOS: dict[str, Value] = {
@@ -125,6 +123,11 @@ def decoding_over_time(measurement: Measurement) -> tuple[list[float], list[int]
         seconds.append(second)
         counts.append(now)
     return seconds, counts
+
+
+def _compression(measurement: Measurement, name: str) -> int | None:
+    counted = measurement.counters.compression
+    return None if counted is None else counted[name]
 
 
 def _cell(found: Spread | None, digits: str) -> str:

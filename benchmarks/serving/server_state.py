@@ -135,6 +135,6 @@ def _compression(client: httpx.Client) -> dict[str, int] | None:
     if not stats:
         return None
     totals = {"compressed": sum(each["requests"]["compressed"] for each in stats)}
-    for name in ("prompt_tokens", "suffix_tokens", "kept_tokens"):
+    for name in ("prompt_tokens", "suffix_tokens", "kept_tokens", "trims", "slots_trimmed"):
         totals[name] = sum(each[name] for each in stats)
     return totals

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +41,9 @@ class Target:
 
     @classmethod
     def parse(cls, name: str, method: str, min_tokens: int | None = None) -> Target:
-        """name: one of NAMES, or METHOD@BUDGET or METHOD@BUDGET:SCOPE, where a BUDGET with a comma
-        is a ladder. method: of `off` and `below-threshold`. Raises KVCompressionError."""
+        """name: one of NAMES, or METHOD@BUDGET, or METHOD@BUDGET:KEY=VALUE with further settings
+        and more of them after more colons. A BUDGET with a comma is a ladder. method: of `off` and
+        `below-threshold`. Raises KVCompressionError."""
         threshold = () if min_tokens is None else (MIN_TOKENS, str(min_tokens))
         if name == STOCK:
             return cls(name, ServerKind((), ONLY_PLATFORM))
@@ -51,8 +53,8 @@ class Target:
             return cls(name, ServerKind((METHOD, method, *threshold)), OFF)
         if name == "below-threshold":
             return cls(name, ServerKind((METHOD, method, MIN_TOKENS, str(NO_PROMPT_IS_SO_LONG))))
-        own_method, at, rest = name.partition("@")
-        budget, colon, scope = rest.partition(":")
+        parts, *pairs = name.split(":")
+        own_method, at, budget = parts.partition("@")
         if not at or own_method not in METHOD_CHOICES[1:]:
             raise KVCompressionError(
                 [
@@ -60,28 +62,33 @@ class Target:
                     f"one of {', '.join(METHOD_CHOICES[1:])}"
                 ]
             )
+        settings = {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        rungs = [_value(rung) for rung in budget.split(",")]
+        values = {
+            "method": own_method,
+            **settings,
+            "budget": tuple(rungs) if rungs[1:] else rungs[0],
+        }
+        KVCompressionConfig.parse(values, f"--compare {name}: {{}}".format)
         options = [METHOD, own_method, *threshold]
-        if colon:
-            KVCompressionConfig.parse({"scope": scope}, f"--compare {name}: {{}}".format)
-            options += ["--kv-compression-config", f'{{"scope": "{scope}"}}']
-        if "," in budget:  # the ladder is a setting of the server
-            return cls(name, ServerKind((*options, "--kv-compression-budget", budget)))
-        value = _number(budget)
-        KVCompressionConfig.parse(
-            {"method": own_method, "budget": value}, f"--compare {name}: {{}}".format
-        )
-        request = {"kv_compression": {"budget": value}}
+        if settings:
+            options += [SETTINGS, json.dumps(settings)]
+        if rungs[1:]:  # the ladder is a setting of the server
+            return cls(name, ServerKind((*options, BUDGET, budget)))
+        request = {"kv_compression": {"budget": rungs[0]}}
         return cls(name, ServerKind(tuple(options)), request)
 
 
 METHOD = "--kv-compression"
+BUDGET = "--kv-compression-budget"
 MIN_TOKENS = "--kv-compression-min-tokens"
+SETTINGS = "--kv-compression-config"
 
 
-def _number(text: str) -> Any:
-    """The text itself where it is none: the settings say what they accept."""
+def _value(text: str) -> Any:
+    """As in JSON; the text itself where it is none: the settings say what they accept."""
     try:
-        return float(text)
+        return json.loads(text)
     except ValueError:
         return text
 

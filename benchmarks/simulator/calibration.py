@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
-from serving.targets import METHOD, MIN_TOKENS, Target
+from serving.targets import BUDGET, METHOD, MIN_TOKENS, SETTINGS, Target
 
 from lava_sglang.config import KVCompressionConfig
 from simulator.costs import FittedCosts
@@ -57,7 +57,8 @@ class MeasuredRun:
     def mean_length(self) -> float:
         """Slots of a request in the middle of its answer."""
         held = self.values["prompt_tokens"] + self.values["output_tokens"] / 2
-        kept = (self.values["counters"]["compression"] or {}).get("kept_tokens", 0)
+        compression = self.values["counters"]["compression"] or {}
+        kept = compression.get("kept_tokens", 0) - compression.get("slots_trimmed", 0)
         return float(held - self.suffix_tokens + kept) / len(self.values["requests"])
 
     def measured(self, name: str) -> float:
@@ -195,9 +196,11 @@ def config_of(target: str, method: str, min_tokens: int | None) -> KVCompression
         return None
     parsed = Target.parse(target, method, min_tokens)
     options = dict(zip(parsed.server.options[::2], parsed.server.options[1::2], strict=True))
-    values: dict[str, Any] = json.loads(options.get("--kv-compression-config", "{}"))
+    values: dict[str, Any] = json.loads(options.get(SETTINGS, "{}"))
     values["method"] = options[METHOD]
     if MIN_TOKENS in options:
         values["min_tokens"] = int(options[MIN_TOKENS])
+    if BUDGET in options:
+        values["budget"] = [float(rung) for rung in options[BUDGET].split(",")]
     values |= (parsed.custom_params or {}).get("kv_compression", {})
     return KVCompressionConfig.parse(values)

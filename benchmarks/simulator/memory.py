@@ -43,6 +43,7 @@ class SlotTree:
 
     disable = False
     buffer_pipeline = None
+    token_to_kv_pool_allocator: SlotPool
 
     def __init__(self) -> None:
         self.root = Node(None, None)
@@ -148,15 +149,20 @@ class SlotPool:
         self.size = size
         self.free = size
         self.tree = tree
+        tree.token_to_kv_pool_allocator = self
 
     def take(self, slots: int) -> bool:
         """False, and nothing is taken, if tree and pool together have too few."""
         if self.free < slots:
-            if self.free + self.tree.evictable < slots:
+            if not self.has(slots):
                 return False
             self.free += self.tree.evict(slots - self.free)
         self.free -= slots
         return True
+
+    def has(self, slots: int) -> bool:
+        """Whether `take` would succeed."""
+        return self.free + self.tree.evictable >= slots
 
     def give_back(self, slots: int) -> None:
         self.free += slots

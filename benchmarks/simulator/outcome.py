@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lava_sglang.metrics import CompressionStats
+
 
 @dataclass
 class Outcome:
@@ -18,6 +20,8 @@ class Outcome:
     seconds: float = 0.0
     refused: int = 0  # larger than the pool
     compressed: int = 0  # prefills: a retracted request counts again
+    trims: int = 0  # steps down a ladder
+    kept_share: float = 1.0  # part of the compressed suffixes that was kept, in the end
     retractions: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -64,6 +68,12 @@ class Outcome:
         self._running_steps += steps * requests
         self.peak_used_slots = max(self.peak_used_slots, used_slots)
 
+    def count_compressions(self, stats: CompressionStats) -> None:
+        """At the end."""
+        self.compressed, self.trims = stats.requests["compressed"], stats.trims
+        if stats.suffix_tokens:
+            self.kept_share = (stats.kept_tokens - stats.slots_trimmed) / stats.suffix_tokens
+
     def answer(self, arrived: float, first_token: float, now: float, output_tokens: int) -> None:
         """A request is answered."""
         self.output_tokens += output_tokens
@@ -74,7 +84,8 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """Totals, rates and quantiles; seconds."""
         names = (
-            "pool_slots", "seconds", "answered", "refused", "compressed", "retractions",
+            "pool_slots", "seconds", "answered", "refused", "compressed", "trims", "kept_share",
+            "retractions",
             "prefill_tokens", "prefill_seconds", "decode_steps", "decode_seconds",
             "output_tokens", "request_throughput", "output_throughput", "prefill_share",
             "peak_running", "mean_running", "peak_used_slots",

@@ -31,6 +31,8 @@ def sweep_table(title: str, points: Sequence[Point]) -> Table:
         "TTFT p50": lambda p: f"{quantile(p.outcome.ttft, 50):,.1f}",
         "p99": lambda p: f"{quantile(p.outcome.ttft, 99):,.1f}",
         "TPOT ms": lambda p: f"{quantile(p.outcome.tpot, 50) * 1e3:.0f}",
+        "kept": lambda p: f"{p.outcome.kept_share:.0%}",
+        "trims": lambda p: f"{p.outcome.trims:,}",
         "retracted": lambda p: f"{p.outcome.retractions:,}",
         "refused": lambda p: f"{p.outcome.refused:,}",
     }
@@ -38,7 +40,8 @@ def sweep_table(title: str, points: Sequence[Point]) -> Table:
         title=title,
         caption="A model, not a measurement: SGLang's and our admission on counts of slots, with "
         "modelled times. tokens/s and x stock: output tokens. prefill: its part of the time. "
-        "running, peak: requests in a decode step. TTFT: seconds, the queue included.",
+        "running, peak: requests in a decode step. kept: of the compressed suffixes. TTFT: seconds "
+        "with the queue.",
     )
     shown = {}
     for heading, cell in columns.items():
@@ -82,18 +85,18 @@ def plot_budgets(title: str, points: Sequence[Point], path: Path) -> None:
         "part of the time in prefill": lambda p: p.outcome.prefill_share,
         "time per output token, p50 (ms)": lambda p: quantile(p.outcome.tpot, 50) * 1e3,
     }
-    lengths = list(dict.fromkeys(point.prompt_tokens for point in points))
-    lines = {
-        f"{length:,} prompt tokens" if length else "the trace": sorted(
-            (point for point in points if point.prompt_tokens == length), key=lambda p: -p.budget
-        )
-        for length in lengths
-    }
-    budgets = sorted({point.budget for point in points}, reverse=True)
+    budgets = list(dict.fromkeys(point.budget for point in points))
 
     def place(point: Point) -> float:
         return float(budgets.index(point.budget))
 
+    lengths = list(dict.fromkeys(point.prompt_tokens for point in points))
+    lines = {
+        f"{length:,} prompt tokens" if length else "the trace": sorted(
+            (point for point in points if point.prompt_tokens == length), key=place
+        )
+        for length in lengths
+    }
     figure, axes = _figure(title)
     _draw(axes, panels, lines, place)
     for each in axes:
@@ -159,8 +162,8 @@ def _ratio(points: Sequence[Point], point: Point) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 
-def _budget(budget: float) -> str:
-    return "stock" if budget == STOCK else f"{budget:g}"
+def _budget(budget: str) -> str:
+    return "stock" if budget == STOCK else budget
 
 
 def _compared(prediction: Prediction, name: str) -> str:

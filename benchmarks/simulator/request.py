@@ -9,7 +9,6 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers.request import LavaReq
-from simulator.memory import SlotTree
 from simulator.trace import Arrival
 
 
@@ -65,21 +64,24 @@ class SimulatedReq(LavaReq):
         self.finish_step = -1
         self.first_token: float | None = None
 
-    def match(self, tree: SlotTree) -> None:
-        """As `init_next_round_input` before the first chunk."""
-        total = self._count_fill_ids()
-        node = tree.match(("group", self.arrival.group), self.number)
-        self.last_node = node
-        self.prefix_len = min(node.depth, self._compute_max_prefix_len(total))
-        self.kv.cache_protected_len = self.prefix_len
+    @property
+    def group(self) -> tuple[str, int]:
+        """The tree's key of what its prompt shares."""
+        return ("group", self.arrival.group)
 
-    def next_chunk(self) -> None:
-        """As SGLang between two chunks: what was computed is in the row."""
-        assert self.extend_end is not None
-        self.prefix_len = self.extend_end
-        self._count_fill_ids()
+    @property
+    def length(self) -> int:
+        """Slots that a decode step reads of it."""
+        return self.lock.depth + self.held + self.outputs.steps
 
-    def _count_fill_ids(self) -> int:
-        total = self.arrival.prompt_tokens + len(self.outputs)
+    def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+        """Match the prompt before its first chunk; before a later one, what was computed counts."""
+        total = len(self.origin_input_ids) + len(self.outputs)
         self.full_untruncated_fill_ids: Any = range(total)
-        return total
+        if tree_cache is None:
+            assert self.extend_end is not None
+            self.prefix_len = self.extend_end
+            return
+        self.last_node = tree_cache.match(self.group, self.number)
+        self.prefix_len = min(self.last_node.depth, self._compute_max_prefix_len(total))
+        self.kv.cache_protected_len = self.prefix_len

@@ -14,7 +14,7 @@ from simulator.outcome import Outcome
 from simulator.simulation import ServerShape, Simulation
 from simulator.trace import Arrival
 
-STOCK = 1.0
+STOCK = "1"
 """The budget that stands for stock SGLang."""
 
 
@@ -22,7 +22,7 @@ STOCK = 1.0
 class Point:
     """One simulation. prompt_tokens and rate are None of a trace that was read."""
 
-    budget: float
+    budget: str  # a number, or a ladder with commas
     prompt_tokens: int | None
     rate: float | None
     outcome: Outcome
@@ -47,22 +47,29 @@ class Case:
     trace: Callable[[], Iterable[Arrival]]
 
 
+def settings_of(budget: str, settings: dict[str, Any]) -> KVCompressionConfig | None:
+    """Those of `settings` with this budget; None for stock. Raises KVCompressionError."""
+    if budget == STOCK:
+        return None
+    try:
+        rungs: Any = tuple(float(rung) for rung in budget.split(","))
+    except ValueError:
+        rungs = budget  # the settings say what they accept
+    return KVCompressionConfig.parse({**settings, "budget": rungs}, "--budgets: {}".format)
+
+
 def sweep(
     server: ServerShape,
     costs: Costs,
-    config: KVCompressionConfig,
-    budgets: Sequence[float],
+    settings: dict[str, Any],
+    budgets: Sequence[str],
     cases: Sequence[Case],
 ) -> Iterator[Point]:
-    """Budget 1 is stock SGLang. Raises KVCompressionError for a budget that is none."""
-    settings = config.model_dump()
+    """Raises KVCompressionError for a budget that is none, before anything is simulated."""
+    configs = {budget: settings_of(budget, settings) for budget in budgets}
     for case in cases:
-        for budget in budgets:
-            own = None
-            if budget != STOCK:
-                values = {**settings, "budget": budget}
-                own = KVCompressionConfig.parse(values, "--budgets {}".format)
+        for budget, config in configs.items():
             begin = time.perf_counter()
-            outcome = Simulation(server, costs, own).run(case.trace())
+            outcome = Simulation(server, costs, config).run(case.trace())
             seconds = time.perf_counter() - begin
             yield Point(budget, case.prompt_tokens, case.rate, outcome, seconds)

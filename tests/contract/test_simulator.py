@@ -37,15 +37,15 @@ class Checked(Simulation):
         self.check()
 
     def check(self) -> None:
-        live = [*self.batch.reqs, *([self.chunked] if self.chunked else [])]
+        live = [*self.running_batch.reqs, *([self.chunked_req] if self.chunked_req else [])]
         private = sum(req.held + req.outputs.steps for req in live)
-        tree = self.tree
+        tree = self.tree_cache
         nodes = tree.nodes.values()
         assert tree.evictable == sum(node.length for node in nodes if node.locks == 0)
         assert tree.protected == sum(node.length for node in nodes if node.locks)
         assert self.pool.free + tree.evictable + tree.protected + private == self.pool.size
         assert self.pool.free >= 0 and tree.evictable >= 0
-        lengths = [self._length(req) for req in self.batch.reqs]
+        lengths = [req.length for req in self.running_batch.reqs]
         assert self.slots_read == sum(lengths)
         assert self.outcome.peak_used_slots <= self.pool.size
 
@@ -65,8 +65,8 @@ def run(
     simulation = Checked(server, COSTS, config)
     outcome = simulation.run(trace)
     assert outcome.answered + outcome.refused == requests
-    assert simulation.pool.free + simulation.tree.evictable == server.slots
-    assert simulation.tree.protected == 0
+    assert simulation.pool.free + simulation.tree_cache.evictable == server.slots
+    assert simulation.tree_cache.protected == 0
     if not outcome.refused:
         assert outcome.output_tokens == sum(arrival.output_tokens for arrival in trace)
     return outcome
@@ -103,14 +103,42 @@ def test_a_smaller_budget_lets_more_requests_decode() -> None:
 
 
 def test_concurrency_is_what_the_arithmetic_allows() -> None:
-    """A prompt that is prefilled beside n requests of b slots and their whole answers."""
+    """Prompts come and go; what stays is b slots and the answer of each."""
     same = {"prompt": Lengths(2000), "output": Lengths(500), "asked": 1.0}
     server = ServerShape(20_000, 2048, ignore_eos=True)
     stock, quarter = run(None, server, **same), run(QUARTER, server, **same)
     assert stock.peak_running == 20_000 // 2500
-    allowed = 1 + (20_000 - 2000 - 500 - 500) // (500 + 500)
+    allowed = 20_000 // (500 + 500)
     assert 0.9 * allowed <= quarter.peak_running <= allowed
     assert stock.retractions == quarter.retractions == 0
+
+
+LADDER = KVCompressionConfig(method="lava", budget=(0.5, 0.25, 0.125))
+
+
+def test_a_ladder_keeps_more_at_low_load_and_serves_as_many_at_high_load() -> None:
+    last = KVCompressionConfig(method="lava", budget=0.125)
+    low, high = run(LADDER, rate=0.1), run(LADDER, requests=150)
+    assert low.trims == 0 and low.kept_share == pytest.approx(0.5, abs=0.01)
+    assert high.kept_share < 0.2
+    assert high.peak_running >= 0.9 * run(last, requests=150).peak_running
+    assert high.retractions == 0
+
+
+def test_a_burst_trims_what_runs_before_anything_is_retracted() -> None:
+    early = [Arrival(i, 3000, 2000, 2000) for i in range(8)]
+    burst = [Arrival(10.0, 3000, 50, 50) for _ in range(60)]
+    simulation = Checked(ServerShape(20_000, 1024), COSTS, LADDER)
+    outcome = simulation.run([*early, *burst])
+    assert (outcome.answered, outcome.retractions) == (68, 0)
+    assert outcome.trims > 0 and outcome.kept_share < 0.25
+
+
+def test_on_pressure_nothing_is_compressed_before_slots_are_short() -> None:
+    pressure = KVCompressionConfig(method="lava", budget=0.25, trigger="pressure")
+    low, high = run(pressure, rate=0.1), run(pressure, requests=150)
+    assert low.compressed == 0
+    assert high.compressed > 0 and high.mean_running > 1.5 * run(requests=150).mean_running
 
 
 def test_more_load_than_capacity_is_not_more_throughput() -> None:
@@ -282,11 +310,13 @@ def test_a_calibration_predicts_and_says_its_error() -> None:
 
 def test_the_settings_of_a_target() -> None:
     assert config_of("off", "lava", None) is None
-    found = config_of("snapkv@0.125:prompt", "lava", 64)
+    found = config_of("snapkv@0.125:scope=prompt", "lava", 64)
     assert found is not None
     assert (found.method, found.budget, found.scope, found.min_tokens) == (
-        "snapkv", 0.125, "prompt", 64,
+        "snapkv", (0.125,), "prompt", 64,
     )  # fmt: skip
+    ladder = config_of("lava@0.5,0.25:trigger=pressure", "lava", None)
+    assert ladder is not None and (ladder.budget, ladder.trigger) == ((0.5, 0.25), "pressure")
 
 
 def test_only_independent_requests_are_simulated(tmp_path: Path) -> None:
@@ -313,7 +343,7 @@ def test_the_command_compares_budgets(
     command([*options.split(), "--json", str(out), "--plot", str(picture)])
     report = json.loads(out.read_text())
     assert [(p["prompt_tokens"], p["budget"]) for p in report["points"]] == [
-        (2000, 1), (2000, 0.25), (4000, 1), (4000, 0.25),
+        (2000, "1"), (2000, "0.25"), (4000, "1"), (4000, "0.25"),
     ]  # fmt: skip
     assert all(point["answered"] == 20 for point in report["points"])
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -335,7 +365,8 @@ def test_the_command_reads_a_trace_and_rates(command: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budgets", "0"], "--budgets budget=0: accepts a fraction"),
+        (["--budgets", "0"], "--budgets: budget=0: accepts a fraction"),
+        (["--budgets", "0.5,half"], "--budgets: budget='0.5,half': accepts a fraction"),
         (["--rate", "0"], "--rate 0: accepts numbers above 0"),
         (["--model", "llama-3-70b"], "--chip h100: the 141 GB of Llama-3-70B leave no room"),
         (["--calibrate", "absent.json"], "--calibrate absent.json: not a file of bench_serving.py"),

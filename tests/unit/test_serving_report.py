@@ -60,7 +60,7 @@ def test_a_measurement_adds_up() -> None:
 
 
 def test_the_slots_allow_what_they_hold() -> None:
-    compression = {"compressed": 2, "prompt_tokens": 200, "suffix_tokens": 160, "kept_tokens": 40}
+    compression = {"compressed": 2, "suffix_tokens": 160, "kept_tokens": 45, "slots_trimmed": 5}
     many = (RequestTimes(0, 2, 8, 100, 11),) * 2
     exact = measurement(pool_slots=120, requests=many)
     small = measurement(pool_slots=120, requests=many, counters=counters(compression=compression))

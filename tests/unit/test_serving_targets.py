@@ -26,9 +26,9 @@ def test_budgets_and_off_share_one_server() -> None:
     assert eighth.custom_params == {"kv_compression": {"budget": 0.125}}
 
 
-def test_a_scope_and_a_ladder_are_settings_of_the_server() -> None:
-    scoped, ladder = parse("lava@0.25:prompt", "snapkv@0.5,0.25")
-    assert scoped.server.options[-1] == '{"scope": "prompt"}'
+def test_further_settings_and_a_ladder_are_settings_of_the_server() -> None:
+    scoped, ladder = parse("lava@0.25:scope=prompt:seed=3", "snapkv@0.5,0.25")
+    assert scoped.server.options[-1] == '{"scope": "prompt", "seed": 3}'
     assert scoped.custom_params == {"kv_compression": {"budget": 0.25}}
     assert ladder.server.options == (
         "--kv-compression", "snapkv", "--kv-compression-budget", "0.5,0.25",
@@ -60,7 +60,9 @@ def test_a_threshold_is_given_to_servers_that_compress() -> None:
         ("h2o@0.5", r"--compare h2o@0.5: accepts stock"),
         ("lava@0", r"--compare lava@0: budget=0: accepts a fraction"),
         ("lava@half", r"--compare lava@half: budget='half': accepts a fraction"),
-        ("lava@0.5:all", r"--compare lava@0.5:all: scope='all': accepts 'suffix'"),
+        ("lava@0.5:scope=all", r"--compare lava@0.5:scope=all: scope='all': accepts 'suffix'"),
+        ("lava@0.5:fast", r"--compare lava@0.5:fast: fast='': unknown field, accepts method, "),
+        ("lava@0.25,0.5", r"--compare lava@0.25,0.5: budget=0.25,0.5: accepts .* lower rung"),
     ],
 )
 def test_another_target_is_refused(name: str, message: str) -> None:
