@@ -94,7 +94,7 @@ def _swept(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _calibrated(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     settings, runs = read_bench(arguments.calibrate)
-    predictions = calibrate(settings, runs, arguments.fit)
+    predictions = calibrate(settings, runs, arguments.fit, arguments.shared_machine)
     console.print(calibration_table(predictions))
     return {"settings": settings, "predictions": [vars(each) for each in predictions]}
 
@@ -169,6 +169,11 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["stock", "off"],
         help="targets of that file that the costs are fitted to (%(default)s)",
+    )
+    add(
+        "--shared-machine",
+        action="store_true",
+        help="others slowed it down: take each run's speed from its own prefill",
     )
     add("--json", type=Path, help="write the result to this file too")
     add("--plot", type=Path, help="draw the result to this PNG (needs matplotlib)")

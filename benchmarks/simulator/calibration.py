@@ -29,7 +29,7 @@ METRICS = {
     "TTFT p50 (s)": "ttft_p50",
     "share of prefill": "prefill_share",
     "requests decoding, peak": "peak_running",
-    "  mean": "mean_running",
+    "  in a decode step, mean": "mean_running",
     "retractions": "retractions",
 }
 
@@ -49,6 +49,17 @@ class MeasuredRun:
         return self.target in STOCK_KERNEL
 
     @property
+    def moments(self) -> tuple[float, ...]:
+        """Of decode steps: how many; sums of b, t, b * b and b * t over b requests, t seconds."""
+        return tuple(self.values["counters"]["decode_moments"])
+
+    @property
+    def prefill_token(self) -> float:
+        """Seconds, its part of the compression included."""
+        counters = self.values["counters"]
+        return float(counters["prefill_seconds"] / counters["prefill_tokens"])
+
+    @property
     def suffix_tokens(self) -> int:
         """Of compressed requests."""
         return int((self.values["counters"]["compression"] or {}).get("suffix_tokens", 0))
@@ -66,7 +77,7 @@ class MeasuredRun:
         own = {
             "ttft_p50": lambda: self.values["latencies"]["ttft_p50"] / 1e3,
             "peak_running": lambda: self.values["peak_decoding"],
-            "mean_running": lambda: self.values["mean_decoding"],
+            "mean_running": lambda: self.moments[1] / max(self.moments[0], 1),
             "retractions": lambda: self.values["counters"]["retractions"] or 0,
         }
         return float(own[name]() if name in own else self.values[name])
@@ -115,26 +126,40 @@ def read_bench(path: Path) -> tuple[dict[str, Any], list[MeasuredRun]]:
 
 
 def calibrate(
-    settings: dict[str, Any], runs: Sequence[MeasuredRun], fit_targets: Iterable[str]
+    settings: dict[str, Any],
+    runs: Sequence[MeasuredRun],
+    fit_targets: Iterable[str],
+    shared_machine: bool = False,
 ) -> list[Prediction]:
-    """Fit each kernel's costs to its `fit_targets`, then simulate every run. Raises TraceError."""
+    """Fit each kernel's costs to its `fit_targets`, then simulate every run. Raises TraceError.
+
+    shared_machine: others slowed the machine down, more in some runs than in others. How much is
+    read from the time of a prefill token, which should be the same in all runs of a kernel; each
+    run's times are brought to the same speed before the fit, and the predictions to the run's.
+    """
     names = list(fit_targets)
     known = list(dict.fromkeys(run.target for run in runs))
     for name in names:
         if name not in known:
             raise TraceError(f"--fit {name}: accepts any of {', '.join(known)}")
-    costs = {}
+    costs, slowness = {}, {}
     for stock in {run.stock_kernel for run in runs}:
         own = [run for run in runs if run.stock_kernel == stock]
         used = [run for run in own if run.target in names]
         if not used:
             accepted = ", ".join(dict.fromkeys(run.target for run in own))
             raise TraceError(f"--fit {' '.join(names)}: accepts at least one of {accepted} too")
-        costs[stock] = fit(used)
+        usual = statistics.median(run.prefill_token for run in used)
+        for run in own:
+            slowness[id(run)] = run.prefill_token / usual if shared_machine else 1.0
+        costs[stock] = fit(used, [slowness[id(run)] for run in used])
     predictions = []
     for target in known:
         own = [run for run in runs if run.target == target]
-        outcomes = [simulate(settings, run, costs[run.stock_kernel]).as_json() for run in own]
+        outcomes = [
+            simulate(settings, run, costs[run.stock_kernel].slower(slowness[id(run)])).as_json()
+            for run in own
+        ]
         measured, predicted = {}, {}
         for name in METRICS.values():
             measured[name] = statistics.median(run.measured(name) for run in own)
@@ -143,27 +168,29 @@ def calibrate(
     return predictions
 
 
-def fit(runs: Sequence[MeasuredRun]) -> FittedCosts:
-    """Least squares of relative errors, no cost below 0.
+def fit(runs: Sequence[MeasuredRun], slowness: Sequence[float] | None = None) -> FittedCosts:
+    """Least squares of relative errors, no cost below 0. slowness: factor on each run's times.
 
     Where all runs have requests of one length, a request's own cost and that of its slots cannot
     be told apart: it is then all its slots'.
     """
-    plain = [run for run in runs if not run.suffix_tokens] or list(runs)
-    seconds = sum(run.values["counters"]["prefill_seconds"] for run in plain)
-    prefill_token = seconds / sum(run.values["counters"]["prefill_tokens"] for run in plain)
-    compressed = [run for run in runs if run.suffix_tokens]
-    over = sum(
-        run.values["counters"]["prefill_seconds"]
-        - prefill_token * run.values["counters"]["prefill_tokens"]
-        for run in compressed
-    )
-    suffixes = sum(run.suffix_tokens for run in compressed)
+    factors = slowness or [1.0] * len(runs)
+    pairs = list(zip(runs, factors, strict=True))
+    plain = [pair for pair in pairs if not pair[0].suffix_tokens] or pairs
+    prefill_token = statistics.fmean(run.prefill_token / factor for run, factor in plain)
+    over = suffixes = 0.0
     rows, times = [], []
-    for run in runs:
-        count, b, t, bb, bt = run.values["counters"]["decode_moments"]
+    for run, factor in pairs:
+        if run.suffix_tokens:
+            tokens = run.values["counters"]["prefill_tokens"]
+            over += (run.prefill_token / factor - prefill_token) * tokens
+            suffixes += run.suffix_tokens
+        count, b, t, bb, bt = run.moments
         length = run.mean_length
-        for row, time in (((count, b, b * length), t), ((b, bb, bb * length), bt)):
+        for row, time in (
+            ((count, b, b * length), t / factor),
+            ((b, bb, bb * length), bt / factor),
+        ):
             if time > 0:
                 rows.append([value / time for value in row])
                 times.append(1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -165,6 +165,10 @@ class FittedCosts:
     decode_request: float
     decode_slot: float
     compress_token: float  # of the suffix
+
+    def slower(self, factor: float) -> Self:
+        """The same on a machine that takes `factor` times as long for everything."""
+        return type(self)(*(factor * seconds for seconds in astuple(self)))
 
     def prefill(self, chunks: Sequence[Chunk]) -> float:
         return self.prefill_token * sum(chunk.extend for chunk in chunks)

@@ -283,6 +283,21 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
     assert vars(fit(runs)) == pytest.approx(vars(COSTS), rel=1e-6)
 
 
+def test_a_machine_that_others_slowed_down_is_brought_to_one_speed() -> None:
+    runs = [measured("off", 4000, 4, 0, 0), measured("off", 4000, 8, 0, 0)]
+    runs[1].values["counters"]["prefill_seconds"] *= 3
+    count, b, t, bb, bt = runs[1].moments
+    runs[1].values["counters"]["decode_moments"] = [count, b, 3 * t, bb, 3 * bt]
+    alone, both = fit(runs[:1]), fit(runs, [1.0, 3.0])
+    assert both.prefill_token == pytest.approx(alone.prefill_token)
+    assert both.decode(8, 32_064) == pytest.approx(alone.decode(8, 32_064), rel=0.05)
+    assert both.slower(2).prefill([Chunk(0, 10)]) == 2 * both.prefill([Chunk(0, 10)])
+    settings = {"chunked_prefill_size": 1024, "method": "lava", "min_tokens": None}
+    (found,) = calibrate(settings, runs, ["off"], shared_machine=True)
+    (as_it_is,) = calibrate(settings, runs, ["off"])
+    assert found.predicted["seconds"] != as_it_is.predicted["seconds"]
+
+
 def test_costs_of_one_length_are_its_slots() -> None:
     found = fit([measured("off", 4000, 4, 0, 0)])
     assert found.decode_request == 0.0 and found.compress_token == 0.0
