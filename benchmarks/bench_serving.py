@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from machine import machine_line
+from machine import FILE_WIDTH, machine_line
 from rich.console import Console
 from serving.generator import Traffic
 from serving.measurement import measure, warm_up
@@ -35,7 +36,8 @@ Say = Callable[[str], None]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    console, progress = Console(), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    progress = Console(stderr=True)
 
     def say(line: str) -> None:
         progress.print(line, highlight=False, markup=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number belongs to: the processor and the commit."""
+"""What a number belongs to, and how wide its table may be."""
 
 import os
 import platform
@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+FILE_WIDTH = 132
+"""Columns of a table that goes to a file."""
 
 
 def cpu_model() -> str:

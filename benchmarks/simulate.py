@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import machine_line
+from machine import FILE_WIDTH, machine_line
 from rich.console import Console
 from simulator.calibration import calibrate, read_bench
 from simulator.costs import CHIPS, MODELS, ModelShape, RooflineCosts
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     publish_settings()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     try:
         answer = _calibrated if arguments.calibrate else _swept
         report = answer(arguments, console)
