@@ -15,6 +15,9 @@ import triton.language as tl
 
 from lava_sglang.kernels.arena import check_arena
 
+SCORE_DTYPE = torch.bfloat16
+"""Of the scores that are kept beside a tape, and chosen by when it is trimmed."""
+
 STAGING_BYTES = 32 * 2**20
 BLOCK_E = 32  # entries per program: 16 KB at head_dim 128 in bf16
 

@@ -67,7 +67,10 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         dict[str, Any] | None,
         Arg(
             help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, trigger, "
-            "decode_interval, admit_ahead, seed. "
+            "decode_interval, admit_ahead, seed, "
+            "uniform_layers (true: every layer keeps equally many), uniform_heads (true: every "
+            "head of a layer does), head_floor (share of the layer's mean, 0 to 1, that every head "
+            "keeps at least; lava and adakv). "
             'Example: \'{"window_size": 32, "scope": "prompt"}\'',
             type_parser=json.loads,
         ),

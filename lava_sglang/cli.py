@@ -13,6 +13,7 @@ from typing import Any
 from lava_sglang import __version__
 from lava_sglang.config import KVCompressionError
 from lava_sglang.demo.comparison import ComparisonSettings
+from lava_sglang.inspection.settings import InspectionError, InspectionSettings
 from lava_sglang.patching import add_patch_command
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_demo(commands)
+    _add_inspect(commands)
     _add_serve(commands)
     _add_demo_model(commands)
     add_patch_command(commands)
@@ -63,6 +65,17 @@ def _add_demo(commands: Any) -> None:
     )
     ComparisonSettings.add_arguments(parser, requests=8)
     parser.set_defaults(run=_demo)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a method keeps of a prompt, without a server",
+        description="Prefill a prompt with transformers and show what the method keeps of it: a "
+        "table of layers, the kept text of one layer, and a picture of both.",
+    )
+    InspectionSettings.add_arguments(parser)
+    parser.set_defaults(run=_inspect)
 
 
 def _add_serve(commands: Any) -> None:
@@ -131,6 +144,18 @@ def _demo(args: argparse.Namespace) -> int:
         httpx.HTTPError,
     ) as error:
         return _fail("demo", error)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lava_sglang.inspection import run as inspection
+
+    try:
+        inspection.run(InspectionSettings.from_arguments(args), Console())
+    except (KVCompressionError, InspectionError, OSError, NotImplementedError) as error:
+        return _fail("inspect", error)
     return 0
 
 

@@ -29,6 +29,9 @@ server to have been started with one, for its decode backend."""
 UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 """Methods that keep the same number of entries everywhere: any decode backend reads them."""
 
+POOLED_HEAD_METHODS = ("lava", "adakv")
+"""Methods in which the heads of a layer compete for its entries: `head_floor` has a meaning."""
+
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 
 DECODE_BACKEND = "lava"
@@ -50,6 +53,10 @@ _ACCEPTS = {
     "decode_interval": "a whole number of tokens above window_size, or null",
     "admit_ahead": "true or false",
     "seed": "a whole number from 0 to 2**63 - 1",
+    "uniform_layers": "true or false",
+    "uniform_heads": "true or false",
+    "head_floor": "a share from 0 to 1, with one of the methods "
+    f"{', '.join(POOLED_HEAD_METHODS)} and without uniform_heads",
     "enabled": "true or false",
 }
 
@@ -91,6 +98,12 @@ class KVCompressionConfig(BaseModel):
     admit_ahead: bool = False
     # Seed of the random method, a baseline.
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    # Every layer keeps equally many. Changes nothing where the method does so itself.
+    uniform_layers: bool = False
+    # Every head of a layer keeps equally many. Changes nothing where the method does so itself.
+    uniform_heads: bool = False
+    # Share of the layer's mean that every head keeps at least. None: the method's own.
+    head_floor: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
 
     @field_validator("method")
     @classmethod
@@ -105,6 +118,17 @@ class KVCompressionConfig(BaseModel):
         if pool_width % 2 == 0:
             raise ValueError("even")
         return pool_width
+
+    @field_validator("head_floor")
+    @classmethod
+    def _heads_compete(cls, head_floor: float | None, info: ValidationInfo) -> float | None:
+        # What is absent is bad itself.
+        method = info.data.get("method", "none")
+        if head_floor is not None and method not in ("none", *POOLED_HEAD_METHODS):
+            raise ValueError(f"{method} gives every head of a layer the same")
+        if head_floor is not None and info.data.get("uniform_heads", False):
+            raise ValueError("uniform_heads=True gives every head of a layer the same")
+        return head_floor
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -182,6 +206,7 @@ class KVCompressionConfig(BaseModel):
     def for_request(self, override: Any) -> KVCompressionConfig:
         """The settings of one request: `custom_params["kv_compression"]` laid over the server's.
 
+        The server's head_floor stays behind where the request's method has no use for it.
         Raises KVCompressionError naming field, value and range.
         """
         if not isinstance(override, Mapping):
@@ -209,6 +234,8 @@ class KVCompressionConfig(BaseModel):
             )
         changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
         merged = {**self.model_dump(), **changed}
+        if merged["method"] not in POOLED_HEAD_METHODS:
+            merged["head_floor"] = None
         settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
         return settings if request.enabled else settings.model_copy(update={"method": "none"})
 

@@ -24,6 +24,7 @@ _STATS = "srt.managers.scheduler_components.pool_stats_observer.PoolStats"
 _BACKEND = "srt.layers.attention.base_attn_backend.AttentionBackend"
 _CPU_BACKEND = "srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _POOL = "srt.mem_cache.memory_pool.MHATokenToKVPool"
+_BUDGET = "srt.mem_cache.prefill_budget.PrefillBudget"
 _TREE = "srt.mem_cache.base_prefix_cache.BasePrefixCache"
 
 SERVER_ARGS = Seam(
@@ -62,6 +63,12 @@ POOL = Seam(
     ("self", "kind"),
     "SGLang's own seam for another pool; a platform subclass would take the place of the user's",
 )
+CELL_SIZE = Seam(
+    "srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+    "hook",
+    ("self", "kvc", "num_layers"),
+    "bytes of a slot: a ladder's scores come out of the pool's memory, no subclass point",
+)
 POSITIONS = Seam(
     "srt.model_executor.forward_batch_info.ForwardBatch.init_new",
     "hook",
@@ -90,6 +97,7 @@ SEAMS = (
     BACKEND,
     META_INFO,
     POOL,
+    CELL_SIZE,
     ATTENTION,
     POSITIONS,
     PREFILL_LOG,
@@ -214,6 +222,68 @@ SEAMS = (
         "call",
         ("self", "error_msg", "status_code", "err_type"),
         "refuses a request with bad settings",
+    ),
+    Seam(
+        f"{_SCHEDULER}.update_running_batch",
+        "override",
+        ("self", "batch"),
+        "requests shrink before SGLang retracts any",
+    ),
+    Seam(
+        f"{_REQ}.init_next_round_input",
+        "override",
+        ("self", "tree_cache", "cow_mamba"),
+        "how far others use the matched prefix",
+    ),
+    Seam(
+        f"{_ADDER}.add_one_req",
+        "override",
+        ("self", "req", "has_chunked_req", "truncation_align_size"),
+        "running requests shrink for one that does not fit",
+    ),
+    Seam(f"{_ADDER}.add_chunked_req", "override", ("self", "req"), "the same for its next chunk"),
+    Seam(
+        f"{_ADDER}._commit_prefill_admission",
+        "override",
+        ("self", "req", "admission", "mamba_gap_reserve"),
+        "counts what the end of this pass releases",
+    ),
+    Seam(
+        f"{_ADDER}._swa_new_tokens", "call", ("self", "req"), "new tokens that admission plans for"
+    ),
+    Seam(
+        f"{_BUDGET}.check_prefill",
+        "override",
+        (
+            "self",
+            "extend_input_len",
+            "total_tokens",
+            "max_new_tokens",
+            "input_tokens",
+            "swa_host_hit_length",
+            "chunk_limit",
+            "auxiliary_swa_host_hit_length",
+        ),
+        "prompt and answer are checked at two moments",
+    ),
+    Seam(
+        f"{_BUDGET}.can_allocate_prefill",
+        "override",
+        ("self", "paged_input", "extend_input_len", "max_new_tokens", "chunk_limit"),
+        "the last chunk needs its copy now, not later",
+    ),
+    Seam(
+        f"{_BUDGET}.__init__",
+        "call",
+        ("self", "allocator", "tree_cache", "num_mixed_decode_tokens"),
+        "the budget in the place of the stock one",
+    ),
+    Seam(
+        "srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+        ".collect_path_info",
+        "call",
+        ("self", "end_node_ids"),
+        "the branches on a matched path",
     ),
     Seam(
         f"{_ADDER}._request_slot_reserve_for_req",

@@ -21,7 +21,15 @@ from lava_sglang.mem_cache.row import alloc_slots, drop_slots, swap_in_private_s
 from lava_sglang.mem_cache.scores import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import StreamTimer
-from lava_sglang.policy import METHODS, Method, PromptView, choose, keep_fewer, rank
+from lava_sglang.policy import (
+    METHODS,
+    Method,
+    PromptView,
+    choose,
+    keep_fewer,
+    rank,
+    tape_scores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +94,8 @@ class Compressor:
             kept = choose(method, ranking, prompt, budget)
             compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
             if self.scores is not None:
-                self.scores.store(row, slots, prompt, ranking, kept)
+                self.scores.write(slots, tape_scores(prompt, ranking, kept))
+                self.scores.layer_weights[row] = ranking.layer_weights
             if len(private) > budget:  # whole pages: the tail does not start where a page does
                 tail = exact_slots[plan.prompt_len :]
                 tail_slots = private[budget : budget + len(tail)]
@@ -111,10 +120,10 @@ class Compressor:
         slots = self.req_to_token[row, prefix_len : prefix_len + old].long()
         self.stream.keep_alive(slots)
         with self.stream, self.timer:
-            tape_scores = self.scores.read(slots)
+            scores = self.scores.read(slots)
             kept = keep_fewer(
                 method_of(req.compression),
-                tape_scores,
+                scores,
                 self.tape.offsets[row],
                 self.scores.layer_weights[row],
                 plan.suffix_len,
@@ -122,7 +131,7 @@ class Compressor:
                 budget,
             )
             trim(self.kv_pool.arena, slots, kept.places, budget)
-            self.scores.write(slots[:budget], tape_scores[kept.places])
+            self.scores.write(slots[:budget], scores[kept.places])
             self.tape.commit(row, prefix_len, budget, plan.suffix_len - budget, kept.offsets)
         self.stream.fence_row_writes()
         drop_slots(req, self.tree_cache, prefix_len + budget, prefix_len + old)

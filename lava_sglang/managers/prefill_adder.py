@@ -35,16 +35,17 @@ class LavaPrefillBudget(PrefillBudget):
     first_chunk = 0
 
     def check_prefill(
-        self, *, total_tokens: int, extend_input_len: int, max_new_tokens: int, **kwargs: Any
+        self,
+        *,
+        extend_input_len: int,
+        total_tokens: int,
+        max_new_tokens: int,
+        input_tokens: int,
+        swa_host_hit_length: int,
+        chunk_limit: int | None,
+        auxiliary_swa_host_hit_length: int = 0,
     ) -> tuple[bool, int | None]:
-        if not self.released:
-            return super().check_prefill(
-                total_tokens=total_tokens,
-                extend_input_len=extend_input_len,
-                max_new_tokens=max_new_tokens,
-                **kwargs,
-            )
-        prompt_and_copy = total_tokens - max_new_tokens
+        prompt_and_copy = total_tokens - max_new_tokens if self.released else total_tokens
         copy_and_answer = total_tokens - self.released
         ahead = self.ahead if self.first_chunk < extend_input_len else 0
         fits = (
@@ -52,13 +53,18 @@ class LavaPrefillBudget(PrefillBudget):
             and prompt_and_copy <= self.remaining_current + ahead
             and copy_and_answer < self.remaining_total + ahead
         )
-        return (True, kwargs["chunk_limit"]) if fits else (False, None)
+        return (True, chunk_limit) if fits else (False, None)
 
-    def can_allocate_prefill(self, *, paged_input: int, **kwargs: Any) -> bool:
-        if not self.released:
-            stock: bool = super().can_allocate_prefill(paged_input=paged_input, **kwargs)
-            return stock
-        return bool(paged_input <= self.remaining_current)
+    def can_allocate_prefill(
+        self,
+        *,
+        paged_input: int,
+        extend_input_len: int,
+        max_new_tokens: int,
+        chunk_limit: int | None,
+    ) -> bool:
+        later = paged_input - self.released
+        return paged_input <= self.remaining_current and later <= self.remaining_total
 
 
 class LavaPrefillAdder(PrefillAdder):

@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
 from lava_sglang.attention.backend import attach_tape, capture_queries, register_backends
+from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
@@ -102,6 +103,10 @@ class LavaScheduler(Scheduler):
         def arena_pool(result: Any, platform: Any, *, kind: str) -> Any:
             return LavaMHATokenToKVPool if kind == "mha" else result
 
+        def cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
+            num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
+            return result + num_layers * num_kv_heads * SCORE_DTYPE.itemsize
+
         def shift_positions(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
             tape = coordinator.tape
             if tape is not None and forward_batch.forward_mode.is_decode():
@@ -114,6 +119,8 @@ class LavaScheduler(Scheduler):
 
         hooks.add(f"sglang.{seams.POOL.target}", arena_pool)
         hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
+        if coordinator.config.has_ladder:
+            hooks.add(f"sglang.{seams.CELL_SIZE.target}", cell_size)
         hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
         hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)
         hooks.add(f"sglang.{seams.DECODE_LOG.target}", add_log_parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from lava_sglang.policy.base import SCORE_DTYPE, PromptView, Ranking, Selection
+from lava_sglang.kernels.trim import SCORE_DTYPE
 
 
 class ScoreTable:
@@ -26,28 +26,6 @@ class ScoreTable:
         shape = (num_layers, num_slots, num_kv_heads)
         self.scores = torch.zeros(shape, dtype=SCORE_DTYPE, device=device)
         self.layer_weights = torch.zeros(num_rows, num_layers, device=device)
-
-    def store(
-        self,
-        row: int,
-        slots: torch.Tensor,
-        prompt: PromptView,
-        ranking: Ranking,
-        kept: Selection,
-    ) -> None:
-        """Keep what a compression chose by. Mutates the tables.
-
-        slots: int64 [budget], of the tape.
-        """
-        columns = len(kept.offsets) - 1
-        owner = torch.arange(columns, device=slots.device).repeat_interleave(
-            kept.counts.view(-1), output_size=len(kept.tape_tokens)
-        )
-        token = kept.tape_tokens.long() - prompt.shared_prefix_len
-        last = prompt.scored_len - 1
-        scores = ranking.scores.view(columns, -1)[owner, token.clamp(max=last)]
-        self.write(slots, scores.where(token <= last, float("inf")))
-        self.layer_weights[row] = ranking.layer_weights
 
     def write(self, slots: torch.Tensor, tape_scores: torch.Tensor) -> None:
         """slots: int64 [budget]. tape_scores: [num_layers * num_kv_heads * budget], tape order."""

@@ -2,7 +2,15 @@
 """Which entries of a prompt to keep. Tensors in, tensors out; knows nothing of a server."""
 
 from lava_sglang.policy.adakv import AdaKV
-from lava_sglang.policy.base import Method, PromptView, choose, keep, keep_fewer, rank
+from lava_sglang.policy.base import (
+    Method,
+    PromptView,
+    choose,
+    keep,
+    keep_fewer,
+    rank,
+    tape_scores,
+)
 from lava_sglang.policy.lava import LAVa
 from lava_sglang.policy.pyramidkv import PyramidKV
 from lava_sglang.policy.random import Random
@@ -19,4 +27,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """The one place where a method registers; `config.METHOD_CHOICES` names the same."""
 
-__all__ = ["METHODS", "Method", "PromptView", "choose", "keep", "keep_fewer", "rank"]
+__all__ = ["METHODS", "Method", "PromptView", "choose", "keep", "keep_fewer", "rank", "tape_scores"]

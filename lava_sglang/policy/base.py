@@ -12,10 +12,11 @@ import torch
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.layer_split import layer_split, uniform_weights
 from lava_sglang.kernels.select import Selection, select
+from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.kernels.window_scores import window_scores
 
-SCORE_DTYPE = torch.bfloat16
-"""Of the scores kept beside the tape, where a ladder may trim it."""
+HEAD_FLOOR_UNITS = 1_000_000
+"""A head floor is read in so many parts of the mean: whole numbers are alike on every device."""
 
 
 class PromptView(NamedTuple):
@@ -55,7 +56,8 @@ class Method(ABC):
     """Whether every head of a layer keeps equally many; if not, the layer's best are kept."""
 
     head_floor: ClassVar[float] = 0.0
-    """Share of the layer's mean that every head keeps, where heads are not uniform."""
+    """Share of the layer's mean that every head keeps, where heads are not uniform and
+    `config.head_floor` is not set."""
 
     @abstractmethod
     def score(self, prompt: PromptView) -> torch.Tensor:
@@ -96,7 +98,10 @@ class Ranking(NamedTuple):
 def rank(method: Method, prompt: PromptView) -> Ranking:
     """Score the prompt. With a ladder in two bytes, which is what later trims have of a score."""
     scores = method.score(prompt).contiguous()
-    weights = method.layer_weights(scores)
+    if method.config.uniform_layers:
+        weights = uniform_weights(scores.shape[0], scores.device)
+    else:
+        weights = method.layer_weights(scores)
     if method.config.has_ladder:
         scores = scores.to(SCORE_DTYPE).float()
     return Ranking(scores, weights)
@@ -110,6 +115,7 @@ def keep(method: Method, prompt: PromptView, budget: int) -> Selection:
 def choose(method: Method, ranking: Ranking, prompt: PromptView, budget: int) -> Selection:
     """The window, and the best of L * H * (b - w) scored entries.
 
+    The settings `uniform_layers`, `uniform_heads` and `head_floor` replace the method's own rules.
     budget: b, window included. The kept entries of all layers and heads are L * H * b exactly.
     Reads nothing back to the host on a GPU. Source: LAVa, arXiv 2509.09754; docs of each method.
     """
@@ -136,13 +142,28 @@ def divide(
     Returns counts, int64 [num_layers], or [num_layers * num_kv_heads] where every head chooses for
     itself; and the floor, 0 or int64 [num_layers]. A smaller mean never raises a count.
     """
-    if method.uniform_heads:
+    if method.uniform_heads or method.config.uniform_heads:
         # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
         per_head = layer_split(weights, len(weights) * mean, scored_len)
         return per_head.repeat_interleave(num_kv_heads), 0
     cap = num_kv_heads * scored_len
     counts = layer_split(weights, len(weights) * num_kv_heads * mean, cap)
-    return counts, (counts * method.head_floor / num_kv_heads).long() if method.head_floor else 0
+    given = method.config.head_floor
+    units = round((method.head_floor if given is None else given) * HEAD_FLOOR_UNITS)
+    return counts, counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
+
+
+def tape_scores(prompt: PromptView, ranking: Ranking, kept: Selection) -> torch.Tensor:
+    """Each kept entry's score in tape order, [num_layers * num_kv_heads * budget]; infinite in the
+    window."""
+    columns = len(kept.offsets) - 1
+    owner = torch.arange(columns, device=kept.offsets.device).repeat_interleave(
+        kept.counts.view(-1), output_size=len(kept.tape_tokens)
+    )
+    token = kept.tape_tokens.long() - prompt.shared_prefix_len
+    last = prompt.scored_len - 1
+    scores = ranking.scores.view(columns, -1)[owner, token.clamp(max=last)]
+    return scores.where(token <= last, float("inf"))
 
 
 class Trim(NamedTuple):
@@ -154,7 +175,7 @@ class Trim(NamedTuple):
 
 def keep_fewer(
     method: Method,
-    tape_scores: torch.Tensor,
+    scores: torch.Tensor,
     offsets: torch.Tensor,
     layer_weights: torch.Tensor,
     suffix_len: int,
@@ -163,7 +184,7 @@ def keep_fewer(
 ) -> Trim:
     """What `choose` would have kept at a smaller budget, chosen from what was kept.
 
-    tape_scores: [num_layers * num_kv_heads * old budget] in tape order, infinite in the window.
+    scores: [num_layers * num_kv_heads * old budget], of `tape_scores`.
     offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
     layer_weights: float32 [num_layers], of the ranking. suffix_len: N, tokens.
     The same entries as `choose` keeps, ties included: the layer split is monotone in the budget.
@@ -175,17 +196,17 @@ def keep_fewer(
     starts = offsets[:-1].long()
     # Each head's piece as a row: the order in a head is the order of its tokens.
     owner = torch.arange(columns, device=offsets.device).repeat_interleave(
-        offsets.diff(), output_size=len(tape_scores)
+        offsets.diff(), output_size=len(scores)
     )
-    place = torch.arange(len(tape_scores), device=offsets.device)
-    scores = torch.full((columns, suffix_len), float("-inf"), device=offsets.device)
-    scores[owner, place - starts[owner]] = tape_scores.float()
+    place = torch.arange(len(scores), device=offsets.device)
+    by_head = torch.full((columns, suffix_len), float("-inf"), device=offsets.device)
+    by_head[owner, place - starts[owner]] = scores.float()
     counts, floor = divide(
         method, layer_weights, num_kv_heads, suffix_len - window_size, budget - window_size
     )
-    scores = scores.view(len(counts), -1, suffix_len)
+    by_head = by_head.view(len(counts), -1, suffix_len)
     if isinstance(floor, torch.Tensor):
         floor = floor + window_size
-    kept = select(scores, counts + scores.shape[1] * window_size, budget, 0, 0, floor)
+    kept = select(by_head, counts + by_head.shape[1] * window_size, budget, 0, 0, floor)
     head_starts = starts.repeat_interleave(kept.counts.view(-1), output_size=columns * budget)
     return Trim(head_starts + kept.tape_tokens, kept.offsets)

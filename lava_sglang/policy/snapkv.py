@@ -16,7 +16,8 @@ class SnapKV(Method):
     """Mean attention of the observation window, max-pooled, mean over the query heads of a group.
 
     Source: arXiv 2404.14469. Pooling is the maximum over `pool_width` tokens, as in the authors'
-    code for LAVa and AdaKV; grouped-query heads are averaged after pooling, as in AdaKV's.
+    code for LAVa and AdaKV. Grouped-query heads are averaged after pooling; AdaKV's code averages
+    them before, which differs only where heads of a group peak at different tokens.
     """
 
     needs_queries: ClassVar[bool] = True

@@ -27,7 +27,7 @@ from tests.oracle import (
     streamingllm_keep,
 )
 
-BUDGETS = [0.5, 0.25, 64]
+BUDGETS = [0.5, 0.25, 0.125, 64]
 KEEP = {
     "lava": lava_keep,
     "snapkv": snapkv_keep,
@@ -55,8 +55,8 @@ def test_compressed_text_is_the_oracles(
     stock_tokens: list[list[int]],
 ) -> None:
     """Invariant 5, cold tree: several methods and budgets in one batch, chunked and not."""
-    budgets = [BUDGETS[i % 3] for i in range(len(prompts))]
-    methods = [METHODS[i % 5] for i in range(len(prompts))]
+    budgets = [BUDGETS[i % len(BUDGETS)] for i in range(len(prompts))]
+    methods = [METHODS[i % len(METHODS)] for i in range(len(prompts))]
     settings: list[Any] = [
         {"budget": budget, "method": method}
         for budget, method in zip(budgets, methods, strict=True)
@@ -122,7 +122,7 @@ def test_shared_prefix_stays_exact(
 ) -> None:
     """Invariant 5 with a cached prefix: one document, several questions, compressed or not."""
     start = 30_000 + 3_000 * METHODS.index(method)
-    document, *questions = cut(tokens, [500, 150, 200, 420], start)
+    document, *questions = cut(tokens, [500, 150, 200, 300, 420], start)
     first = generate(server.url, document, 1)
     assert info(first)["reason"] == "no_decode"
     prompts = [document + question for question in questions]

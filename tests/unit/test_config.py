@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from lava_sglang.config import (
     METHOD_CHOICES,
+    POOLED_HEAD_METHODS,
     RAGGED_METHODS,
     UNIFORM_METHODS,
     KVCompressionConfig,
@@ -20,6 +21,9 @@ from lava_sglang.config import (
 BUDGET_RANGE = (
     "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size; "
     "or a ladder of fractions or of numbers, each below the one before, such as 0.5,0.25,0.125"
+)
+HEAD_FLOOR_RANGE = (
+    "a share from 0 to 1, with one of the methods lava, adakv and without uniform_heads"
 )
 METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
 
@@ -61,6 +65,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("admit_ahead", 1, "true or false"),
     ("seed", -1, "a whole number from 0 to 2**63 - 1"),
     ("seed", 1.5, "a whole number from 0 to 2**63 - 1"),
+    ("uniform_layers", None, "true or false"),
+    ("uniform_layers", 1, "true or false"),
+    ("uniform_heads", "true", "true or false"),
+    ("head_floor", -0.1, HEAD_FLOOR_RANGE),
+    ("head_floor", 1.01, HEAD_FLOOR_RANGE),
+    ("head_floor", math.nan, HEAD_FLOOR_RANGE),
+    ("head_floor", "0.2", HEAD_FLOOR_RANGE),
+    ("head_floor", True, HEAD_FLOOR_RANGE),
 ]
 
 
@@ -135,6 +147,41 @@ def test_the_budget_in_tokens_is_reported_with_the_other_bad_values() -> None:
 def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     (reason,) = reasons({"seed": seed})
     assert reason.startswith(f"seed={seed}: accepts ")
+
+
+@pytest.mark.parametrize("method", sorted({*METHOD_CHOICES} - {"none", *POOLED_HEAD_METHODS}))
+def test_a_head_floor_is_refused_where_heads_do_not_compete(method: str) -> None:
+    (reason,) = reasons({"method": method, "head_floor": 0.3}, display=option)
+    why = f"{method} gives every head of a layer the same"
+    assert reason == f"--kv head_floor=0.3: accepts {HEAD_FLOOR_RANGE} ({why})"
+
+
+@pytest.mark.parametrize("method", POOLED_HEAD_METHODS)
+def test_a_head_floor_contradicts_uniform_heads(method: str) -> None:
+    (reason,) = reasons({"method": method, "head_floor": 0, "uniform_heads": True})
+    assert reason.startswith(f"head_floor=0: accepts {HEAD_FLOOR_RANGE} (uniform_heads=True gives")
+
+
+@pytest.mark.parametrize("method", ["none", *POOLED_HEAD_METHODS])
+@pytest.mark.parametrize("head_floor", [None, 0, 0.2, 1])
+def test_good_head_floors(method: str, head_floor: float | None) -> None:
+    config = KVCompressionConfig.parse({"method": method, "head_floor": head_floor})
+    assert config.head_floor == head_floor
+
+
+@pytest.mark.parametrize("method", METHOD_CHOICES)
+def test_every_method_takes_the_uniform_settings(method: str) -> None:
+    values = {"method": method, "uniform_layers": True, "uniform_heads": True}
+    assert KVCompressionConfig.parse(values) == KVCompressionConfig(**values)
+
+
+@pytest.mark.parametrize("method", UNIFORM_METHODS)
+def test_the_servers_head_floor_does_not_bind_a_request_of_another_method(method: str) -> None:
+    server = KVCompressionConfig(method="lava", head_floor=0.3, uniform_layers=True)
+    found = server.for_request({"method": method})
+    assert found == server.model_copy(update={"method": method, "head_floor": None})
+    assert server.for_request({"budget": 0.5}).head_floor == 0.3
+    assert server.for_request({"method": "adakv"}).head_floor == 0.3
 
 
 @pytest.mark.parametrize("budget", [0.001, 0.25, 1, 1.0, 33, 33.0, 100_000])

@@ -2,33 +2,30 @@
 """Every method against a slow reading of its definition, one number at a time."""
 
 import dataclasses
-import math
-from fractions import Fraction
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lava_sglang import config as config_module
-from lava_sglang.config import UNIFORM_METHODS, KVCompressionConfig
-from lava_sglang.kernels.select import Selection
+from lava_sglang.config import POOLED_HEAD_METHODS, UNIFORM_METHODS, KVCompressionConfig
 from lava_sglang.policy import METHODS, Method, PromptView, keep
+from tests.unit.random_prompts import NUM_LAYERS, Shape, heads_of, random_prompt, small_shapes
+from tests.unit.slow_policy import (
+    DEFINITIONS,
+    NO_OPTIONS,
+    Options,
+    entropy,
+    lava_scores,
+    slow_keep,
+    slow_weights,
+    snapkv_scores,
+)
 
-HEAD_DIM = 8
-SCALING = HEAD_DIM**-0.5
-NUM_LAYERS = 3
-
-
-class Shape(NamedTuple):
-    prompt_len: int
-    shared_prefix_len: int
-    window_size: int
-    num_queries: int  # below window_size where the tree's prefix covered part of the window
-    num_kv_heads: int
-    group: int
-    pool_width: int
-    budget: int
+NUM_SHAPES = 1000
 
 
 SHAPES = [
@@ -42,168 +39,28 @@ SHAPES = [
 ]
 
 
-def settings_for(shape: Shape, method: str = "snapkv", seed: int = 0) -> KVCompressionConfig:
+OPTIONS = st.builds(
+    Options,
+    uniform_layers=st.booleans(),
+    uniform_heads=st.booleans(),
+    head_floor=st.none() | st.sampled_from([0.0, 0.2, 0.29, 0.5, 0.999, 1.0]),
+)
+
+
+def settings_for(
+    shape: Shape, method: str = "snapkv", seed: int = 0, options: Options = NO_OPTIONS
+) -> KVCompressionConfig:
+    """A head floor is left out where it is refused."""
+    competing = method in POOLED_HEAD_METHODS and not options.uniform_heads
     return KVCompressionConfig(
-        method=method, window_size=shape.window_size, pool_width=shape.pool_width, seed=seed
-    )
-
-
-def random_prompt(shape: Shape, seed: int = 0, num_layers: int = NUM_LAYERS) -> PromptView:
-    """Entries in slots of any order; layers differ in how sharply they attend."""
-    generator = torch.Generator().manual_seed(seed)
-    heads = shape.num_kv_heads * shape.group
-    num_slots = shape.prompt_len + 5
-    return PromptView(
-        arena=torch.randn(
-            num_layers, 2, num_slots, shape.num_kv_heads, HEAD_DIM, generator=generator
-        ),
-        slots=torch.randperm(num_slots, generator=generator)[: shape.prompt_len],
-        queries=torch.randn(num_layers, shape.num_queries, heads, HEAD_DIM, generator=generator),
-        scaling=SCALING * torch.arange(1, num_layers + 1),
-        shared_prefix_len=shape.shared_prefix_len,
+        method=method,
         window_size=shape.window_size,
+        pool_width=shape.pool_width,
+        seed=seed,
+        uniform_layers=options.uniform_layers,
+        uniform_heads=options.uniform_heads,
+        head_floor=options.head_floor if competing else None,
     )
-
-
-def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
-    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
-    assert prompt.queries is not None and prompt.scaling is not None
-    queries = prompt.queries[layer].double()
-    keys = prompt.arena[layer, 0, prompt.slots].double()
-    scaling = float(prompt.scaling[layer])
-    num_queries, num_qo_heads, _ = queries.shape
-    prompt_len, num_kv_heads, _ = keys.shape
-    group = num_qo_heads // num_kv_heads
-    first, last = prompt.shared_prefix_len, prompt_len - prompt.window_size
-    half = pool_width // 2
-    pooled = []
-    for kv_head in range(num_kv_heads):
-        pooled_heads = []
-        for query_head in range(kv_head * group, (kv_head + 1) * group):
-            mean = [0.0] * prompt_len
-            for place in range(num_queries):
-                seen = prompt_len - num_queries + place + 1
-                weights = [
-                    math.exp(float(queries[place, query_head] @ keys[t, kv_head]) * scaling)
-                    for t in range(seen)
-                ]
-                for token, weight in enumerate(weights):
-                    mean[token] += weight / sum(weights) / num_queries
-            pooled_heads.append(
-                [
-                    max(mean[max(first, t - half) : min(last, t + half + 1)])
-                    for t in range(first, last)
-                ]
-            )
-        pooled.append(pooled_heads)
-    return pooled
-
-
-Scores = list[list[list[float]]]  # [num_layers][num_kv_heads][scored tokens]
-
-
-def snapkv_scores(prompt: PromptView, pool_width: int) -> Scores:
-    """SnapKV by its definition: the mean over the query heads of a group."""
-    return [
-        [
-            [sum(column) / len(column) for column in zip(*query_heads, strict=True)]
-            for query_heads in pooled_attention(prompt, layer, pool_width)
-        ]
-        for layer in range(prompt.num_layers)
-    ]
-
-
-def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
-    """LAVa by its definition: the group's maximum, times the head's largest value norm."""
-    scores = []
-    last = len(prompt.slots) - prompt.window_size
-    for layer in range(prompt.num_layers):
-        values = prompt.arena[layer, 1, prompt.slots].double()
-        heads = []
-        for head, query_heads in enumerate(pooled_attention(prompt, layer, pool_width)):
-            norm = max(
-                sum(abs(number) for number in values[token, head].tolist())
-                for token in range(prompt.shared_prefix_len, last)
-            )
-            heads.append([max(column) * norm for column in zip(*query_heads, strict=True)])
-        scores.append(heads)
-    return scores
-
-
-DEFINITIONS = {
-    "snapkv": snapkv_scores,
-    "adakv": snapkv_scores,
-    "pyramidkv": snapkv_scores,
-    "lava": lava_scores,
-}
-
-
-def entropy(scores: list[list[float]]) -> float:
-    """Of one layer's scores, normalised to [0, 1]."""
-    numbers = [score for head in scores for score in head]
-    shares = [number / sum(numbers) for number in numbers]
-    if len(shares) == 1:
-        return 0.0
-    return -sum(share * math.log(share) for share in shares if share) / math.log(len(shares))
-
-
-def divide(weights: list[float], total: int, most: int) -> list[int]:
-    """Entry by entry to the largest weight / (2 * held + 1) that is not full, ties to the lower."""
-    units = [max(1, round(weight * 2**30)) for weight in weights]
-    held = [0] * len(weights)
-    for _ in range(total):
-        claims = [
-            (Fraction(unit, 2 * count + 1), -layer)
-            for layer, (unit, count) in enumerate(zip(units, held, strict=True))
-            if count < most
-        ]
-        held[-max(claims)[1]] += 1
-    return held
-
-
-def best_entries(scores: list[list[float]], count: int, floor: int) -> list[list[int]]:
-    """Of one layer, [num_kv_heads][scored tokens kept]: a floor in each head, then the best."""
-    kept: list[set[int]] = []
-    for head in scores:
-        order = sorted(range(len(head)), key=lambda token: (-head[token], token))
-        kept.append(set(order[:floor]))
-    rest = [
-        (-score, head, token)
-        for head, numbers in enumerate(scores)
-        for token, score in enumerate(numbers)
-        if token not in kept[head]
-    ]
-    for _, head, token in sorted(rest)[: count - floor * len(scores)]:
-        kept[head].add(token)
-    return [sorted(tokens) for tokens in kept]
-
-
-def slow_keep(name: str, scores: Scores, weights: list[float], mean: int) -> list[list[list[int]]]:
-    """Scored tokens that each method keeps, by its definition: [num_layers][num_kv_heads][kept]."""
-    num_kv_heads, scored_len = len(scores[0]), len(scores[0][0])
-    if name in ("lava", "adakv"):
-        most = num_kv_heads * scored_len
-        counts = divide(weights, len(scores) * num_kv_heads * mean, most)
-        floor = mean // 5 if name == "adakv" else 0
-        return [best_entries(*layer, floor) for layer in zip(scores, counts, strict=True)]
-    counts = divide(weights, len(scores) * mean, scored_len)
-    return [
-        [best_entries([head], count, 0)[0] for head in layer]
-        for layer, count in zip(scores, counts, strict=True)
-    ]
-
-
-def heads_of(kept: Selection, prompt: PromptView) -> list[list[list[int]]]:
-    """[num_layers][num_kv_heads][kept], positions in the prompt. Its parts agree."""
-    columns = prompt.num_layers * prompt.num_kv_heads
-    assert {part.dtype for part in kept} == {torch.int32}
-    assert kept.counts.shape == (prompt.num_layers, prompt.num_kv_heads)
-    assert kept.offsets.shape == (columns + 1,) and kept.offsets[0] == 0
-    assert torch.equal(kept.offsets.diff(), kept.counts.flatten())
-    assert kept.offsets[-1] == len(kept.tape_tokens)
-    pieces = [piece.tolist() for piece in kept.tape_tokens.split(kept.counts.flatten().tolist())]
-    size = prompt.num_kv_heads
-    return [pieces[i : i + size] for i in range(0, columns, size)]
 
 
 def with_window(scored: list[list[list[int]]], prompt: PromptView) -> list[list[list[int]]]:
@@ -213,6 +70,15 @@ def with_window(scored: list[list[list[int]]], prompt: PromptView) -> list[list[
         [[prompt.shared_prefix_len + token for token in head] + window for head in layer]
         for layer in scored
     ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny ops: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -258,15 +124,39 @@ def test_other_methods_weigh_layers_alike(name: str) -> None:
     assert weights.tolist() == [1.0] * 4
 
 
-def test_every_method_keeps_what_a_slow_loop_keeps(method_name: str, shape: Shape) -> None:
-    prompt = random_prompt(shape)
-    method = METHODS[method_name](settings_for(shape, method_name))
-    scores = method.score(prompt)
-    weights = method.layer_weights(scores).tolist()
+@settings(max_examples=NUM_SHAPES, deadline=None, derandomize=True)
+@given(
+    shape=small_shapes(),
+    options=OPTIONS,
+    num_layers=st.integers(1, 3),
+    distinct=st.sampled_from([None, 1, 3]),
+    seed=st.integers(0, 2**31),
+)
+def test_every_method_keeps_what_slow_loops_keep(
+    shape: Shape, options: Options, num_layers: int, distinct: int | None, seed: int
+) -> None:
+    """Step by step, each from the step before as it was rounded: scores and layer weights to
+    float32's rounding, then the kept entries exactly, ties included."""
+    prompt = random_prompt(shape, seed, num_layers, distinct)
+    by_definition = {
+        definition: torch.tensor(definition(prompt, shape.pool_width), dtype=torch.float64)
+        for definition in (snapkv_scores, lava_scores)
+    }
     mean = shape.budget - shape.window_size
-    expected = slow_keep(method_name, scores.tolist(), weights, mean)
-    kept = heads_of(keep(method, prompt, shape.budget), prompt)
-    assert kept == with_window(expected, prompt)
+    for name in METHODS:
+        method = METHODS[name](settings_for(shape, name, seed, options))
+        scores = method.score(prompt)
+        if name in DEFINITIONS:
+            expected_scores = by_definition[DEFINITIONS[name]]
+            torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-5, atol=1e-7)
+        weights = method.layer_weights(scores).tolist()
+        assert weights == pytest.approx(slow_weights(name, scores.tolist()), rel=1e-5, abs=1e-6)
+        kept = keep(method, prompt, shape.budget)
+        expected = slow_keep(name, scores.tolist(), weights, mean, options)
+        assert heads_of(kept, prompt) == with_window(expected, prompt), name
+        assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
+        again = keep(method, prompt, shape.budget)
+        assert all(torch.equal(*parts) for parts in zip(kept, again, strict=True)), name
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -277,11 +167,7 @@ def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None
     kept = heads_of(keep(method, prompt, shape.budget), prompt)
     scores = DEFINITIONS[name](prompt, shape.pool_width)
     mean = shape.budget - shape.window_size
-    weights = {
-        "lava": [entropy(layer) for layer in scores],
-        "pyramidkv": method.layer_weights(torch.tensor(scores)).tolist(),
-    }.get(name, [1.0] * len(scores))
-    best = with_window(slow_keep(name, scores, weights, mean), prompt)
+    best = with_window(slow_keep(name, scores, slow_weights(name, scores), mean), prompt)
     for layer, (chosen, expected) in enumerate(zip(kept, best, strict=True)):
         assert layer_value(scores[layer], chosen, prompt) == pytest.approx(
             layer_value(scores[layer], expected, prompt), rel=1e-5

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a prompt through a transformers model and leaves what a method reads: a `PromptView`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from lava_sglang.policy import PromptView
+
+ATTENTION = "lava_inspection"
+CHUNK_TOKENS = 1024
+
+# What some models add to attention, and the passes here do not.
+_UNSUPPORTED = ("softcap", "s_aux")
+
+
+class AttentionPass(Protocol):
+    """What computes attention during one call of the model. Batch of B, Q query heads, H KV heads,
+    T new tokens, D head dim; keys and queries after RoPE."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[B, Q, T, D] of query [B, Q, T, D], key and value [B, H, T, D] of the new tokens."""
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """The causal language model of a folder or hub name, for `forward` and `prefill`."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+    return model.to(device).eval()
+
+
+class Prefill:
+    """One prompt of I tokens after its exact forward pass. L layers, w window tokens."""
+
+    def __init__(self, arena: Tensor, queries: Tensor, scaling: Tensor, logits: Tensor):
+        self.arena = arena  # [L, 2, I, H, D], keys after RoPE
+        self.queries = queries  # [L, w, Q, D], after RoPE, of the last w tokens
+        self.scaling = scaling  # float32 [L], factor on the attention logits
+        self.logits = logits  # [vocabulary], of the last token
+
+    @property
+    def prompt_len(self) -> int:
+        return self.arena.shape[2]
+
+    def view(self, window_size: int, shared_prefix_len: int = 0) -> PromptView:
+        """The prompt as `lava_sglang.policy.keep` takes it; slot i holds token i.
+
+        window_size: at most the prefill's w. Raises ValueError if no token would be scored.
+        """
+        if not 1 <= window_size <= self.queries.shape[1]:
+            raise ValueError(
+                f"window_size={window_size}: accepts 1 to {self.queries.shape[1]}, "
+                "the queries that the prefill recorded"
+            )
+        most = self.prompt_len - window_size - 1
+        if not 0 <= shared_prefix_len <= most:
+            raise ValueError(f"shared_prefix_len={shared_prefix_len}: accepts 0 to {most}")
+        return PromptView(
+            arena=self.arena,
+            slots=torch.arange(self.prompt_len, device=self.arena.device),
+            queries=self.queries[:, -window_size:].contiguous(),
+            scaling=self.scaling,
+            shared_prefix_len=shared_prefix_len,
+            window_size=window_size,
+        )
+
+
+@torch.no_grad()
+def prefill(
+    model: Any, input_ids: Sequence[int], window_size: int, chunk_tokens: int = CHUNK_TOKENS
+) -> Prefill:
+    """One exact forward pass, in chunks. model: of `load_model`. window_size: queries to record."""
+    if not 1 <= window_size < len(input_ids):
+        raise ValueError(f"window_size={window_size}: accepts 1 to {len(input_ids) - 1}")
+    config = model.config.get_text_config()
+    record = _PrefillPass(config.num_hidden_layers, len(input_ids), window_size)
+    tokens = torch.tensor([list(input_ids)], device=model.device)
+    logits = tokens.new_empty(0)
+    for start in range(0, len(input_ids), chunk_tokens):
+        record.start = start
+        chunk = tokens[:, start : start + chunk_tokens]
+        logits = forward(model, chunk, start, record, logits_to_keep=1)[0, -1]
+    return Prefill(*record.result(), logits)
+
+
+@torch.no_grad()
+def forward(
+    model: Any,
+    tokens: Tensor,
+    first_position: int,
+    attention: AttentionPass,
+    logits_to_keep: int = 0,
+) -> Tensor:
+    """Logits [B, T or logits_to_keep, vocabulary] of int64 [B, T] tokens, the first of which stands
+    at `first_position`; the KV cache is the pass's own affair."""
+    positions = torch.arange(first_position, first_position + tokens.shape[1], device=tokens.device)
+    output = model(
+        input_ids=tokens,
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=logits_to_keep,
+        attention_pass=attention,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+class _PrefillPass:
+    """Causal attention of a batch of one, chunk after chunk; writes the arena as it goes."""
+
+    def __init__(self, num_layers: int, prompt_len: int, window_size: int):
+        self.num_layers = num_layers
+        self.prompt_len = prompt_len
+        self.window_size = window_size
+        self.start = 0  # of the chunk
+        self.arena = self.queries = torch.empty(0)
+        self.scaling = [0.0] * num_layers
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        _, heads, count, dim = key.shape
+        if not self.arena.numel():
+            self.arena = key.new_empty(self.num_layers, 2, self.prompt_len, heads, dim)
+            self.queries = key.new_empty(
+                self.num_layers, self.window_size, query.shape[1], query.shape[3]
+            )
+        end = self.start + count
+        self.arena[layer, 0, self.start : end] = key[0].transpose(0, 1)
+        self.arena[layer, 1, self.start : end] = value[0].transpose(0, 1)
+        self.scaling[layer] = scale
+        self._stash(layer, query)
+        # [1, H, end, D]
+        keys, values = self.arena[layer, :, :end].transpose(1, 2)[:, None]
+        mask = None if self.start == 0 else _causal(self.start, end, query.device)
+        return F.scaled_dot_product_attention(
+            query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        scaling = torch.tensor(self.scaling, device=self.arena.device)
+        return self.arena, self.queries, scaling
+
+    def _stash(self, layer: int, query: Tensor) -> None:
+        """The part of the window's queries that this chunk holds."""
+        window_start = self.prompt_len - self.window_size
+        first = max(self.start, window_start)
+        rows = query[0, :, first - self.start :].transpose(0, 1)
+        place = first - window_start
+        self.queries[layer, place : place + len(rows)] = rows
+
+
+def _causal(start: int, end: int, device: torch.device) -> Tensor:
+    """bool [end - start, end]: what the tokens from `start` to `end` see."""
+    tokens = torch.arange(end, device=device)
+    return tokens[None, :] <= tokens[start:, None]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    attention_pass: AttentionPass,
+    sliding_window: int | None = None,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention call, handed to the pass in progress."""
+    found = [name for name in _UNSUPPORTED if extras.get(name) is not None]
+    if sliding_window is not None:
+        found.append(f"sliding_window={sliding_window}")
+    if found:
+        raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(found)}")
+    layer = int(module.layer_idx)
+    return attention_pass.attend(layer, query, key, value, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)

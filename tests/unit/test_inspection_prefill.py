@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefill on transformers records what the independent oracle records."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.inspection.prefill import Prefill, load_model, prefill
+from lava_sglang.policy import METHODS, keep
+from tests import oracle
+from tests.unit.tiny_llama import random_tokens, write_tiny_llama
+
+PROMPT = random_tokens(90, 1)
+WINDOW = 8
+KEEP = {
+    "lava": oracle.lava_keep,
+    "snapkv": oracle.snapkv_keep,
+    "adakv": oracle.adakv_keep,
+    "pyramidkv": oracle.pyramidkv_keep,
+    "streamingllm": oracle.streamingllm_keep,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: Path) -> Any:
+    return load_model(model_dir)
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> oracle.Prefill:
+    return oracle.Oracle(model_dir).prefill(PROMPT, WINDOW)
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 30, 85, 1024])
+def test_equals_the_oracle_in_any_chunks(
+    model: Any, expected: oracle.Prefill, chunk_tokens: int
+) -> None:
+    """85 and 7 cut the window in two."""
+    found = prefill(model, PROMPT, WINDOW, chunk_tokens)
+    torch.testing.assert_close(found.arena[:, 0].transpose(1, 2), expected.keys)
+    torch.testing.assert_close(found.arena[:, 1].transpose(1, 2), expected.values)
+    torch.testing.assert_close(found.queries.transpose(1, 2), expected.window_queries)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.scaling.tolist() == pytest.approx([16**-0.5] * 3)
+
+
+@pytest.mark.parametrize("prefix_len", [0, 20])
+@pytest.mark.parametrize("method", KEEP)
+def test_methods_keep_what_the_oracle_keeps(
+    model: Any, expected: oracle.Prefill, method: str, prefix_len: int
+) -> None:
+    config = KVCompressionConfig(method=method, window_size=WINDOW)
+    view = prefill(model, PROMPT, WINDOW, 40).view(WINDOW, prefix_len)
+    kept = keep(METHODS[method](config), view, 24)
+    mask = KEEP[method](expected, prefix_len, 24, WINDOW)[:, :, prefix_len:].flatten(0, 1)
+    for column, (start, end) in enumerate(zip(kept.offsets, kept.offsets[1:], strict=False)):
+        tokens = mask[column].nonzero().flatten() + prefix_len
+        assert kept.tape_tokens[start:end].tolist() == tokens.tolist()
+
+
+@pytest.fixture(scope="module")
+def short(model: Any) -> Prefill:
+    return prefill(model, PROMPT[:20], WINDOW)
+
+
+def test_bad_windows_name_the_range(model: Any, short: Prefill) -> None:
+    with pytest.raises(ValueError, match="window_size=9: accepts 1 to 8"):
+        short.view(9)
+    with pytest.raises(ValueError, match="shared_prefix_len=12: accepts 0 to 11"):
+        short.view(8, 12)
+    with pytest.raises(ValueError, match="window_size=20: accepts 1 to 19"):
+        prefill(model, PROMPT[:20], 20)
+
+
+def test_other_kinds_of_attention_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lava_sglang.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "dropout")
+    )
+    with pytest.raises(NotImplementedError, match="LlamaAttention: attention with dropout"):
+        prefill(model, PROMPT[:20], WINDOW)
