@@ -109,9 +109,9 @@ def plot_rates(title: str, points: Sequence[Point], path: Path) -> None:
     """Over the request rate, a line for each budget."""
     panels: dict[str, Series] = {
         "requests/s answered": lambda p: p.outcome.request_throughput,
-        "time to the first token, p50 (s)": lambda p: quantile(p.outcome.ttft, 50),
         "time to the first token, p99 (s)": lambda p: quantile(p.outcome.ttft, 99),
         "requests in a decode step, mean": lambda p: p.outcome.mean_running,
+        "part of the suffixes that was kept": lambda p: p.outcome.kept_share,
     }
     lines = {
         _budget(budget): [point for point in points if point.budget == budget]
@@ -121,8 +121,8 @@ def plot_rates(title: str, points: Sequence[Point], path: Path) -> None:
     _draw(axes, panels, lines, lambda point: point.rate or 0.0)
     for each in axes:
         each.set_xlabel("requests/s arriving")
-        if each.get_title().startswith("time to"):
-            each.set_yscale("log")
+    axes[1].set_yscale("log")
+    axes[1].autoscale()
     figure.savefig(path, dpi=150)
 
 

@@ -197,7 +197,7 @@ class Simulation:
         finished = [req for req in admitted if req is not self.chunked_req]
         for req in finished:
             self._give_prompt_to_tree(req)
-        if self.coordinator.end_extend(SimulatedBatch(admitted)):  # type: ignore[arg-type]
+        if self.coordinator.end_extend(SimulatedBatch(admitted)):
             self.running_batch.batch_is_full = False
         seconds = self.costs.prefill(chunks) + self._compression_seconds()
         self.now += seconds
@@ -209,7 +209,7 @@ class Simulation:
         """As the coordinator's `begin_extend`, without queries."""
         req.begin_prefill()
         if req.plan is not None and req.plan.exact_first:
-            req.window = HeldQueries(self.server.window_bytes)
+            req.window = HeldQueries(self.server.window_bytes)  # type: ignore[assignment]
 
     def _give_prompt_to_tree(self, req: SimulatedReq) -> None:
         """As `checkpoint_kv_cache`: the request's lock covers all of it."""
@@ -255,7 +255,7 @@ class Simulation:
         begin, steps = self.now, 0
         while self.clock.steps < last:
             if may_shrink:
-                self.coordinator.before_decode(batch)  # type: ignore[arg-type]
+                self.coordinator.before_decode(batch)
                 self.now += self._compression_seconds()
             if not self.pool.take(count):
                 break
