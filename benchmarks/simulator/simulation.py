@@ -177,6 +177,7 @@ class Simulation:
                     batch.batch_is_full = bool(adder.can_run_list or batch.reqs)
                 break
         if adder.new_chunked_req is not None:
+            assert self.chunked_req is None  # as SGLang
             self.chunked_req = adder.new_chunked_req
         admitted: list[SimulatedReq] = adder.can_run_list
         if not admitted and not batch.reqs and self.chunked_req is None and waiting:
