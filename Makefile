@@ -10,13 +10,14 @@ ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
 
-.PHONY: help venv model demo serve test kernels lint
+.PHONY: help venv model demo serve test kernels flashinfer lint
 
 help:
 	@echo 'make demo    serve long prompts with and without compression and compare'
 	@echo 'make serve   start a server with compression and leave it running (PORT=$(PORT))'
 	@echo 'make test    run all tests'
 	@echo 'make kernels compile every Triton kernel for four GPUs, print registers and spills'
+	@echo 'make flashinfer  compile the FlashInfer modules that decode_kernel=flashinfer uses (nvcc)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make model   write the demo model to MODEL_DIR=$(MODEL_DIR)'
 	@echo 'make venv    make the virtual environment VENV=$(VENV), with SGLang (about 11 GB)'
@@ -42,6 +43,9 @@ test: venv
 
 kernels: venv
 	$(BIN)/python -m tests.kernels.aot $(ARGS)
+
+flashinfer: venv
+	$(BIN)/python -m tests.kernels.flashinfer_module $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check

@@ -13,12 +13,10 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import numpy as np
 import torch
-from machine import commit, cpu_model
+from machine import process_line
 from numba import njit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import Timing
 from torch.nn.functional import scaled_dot_product_attention
 
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
+from lava_sglang.mem_cache.arena import create_arena
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAVA, NATIVE, PLAIN = "lava", "torch_native", "plain read"
@@ -57,24 +57,6 @@ class Shape:
         """K and V of every entry, once, of one layer."""
         entries = self.batch * self.context * self.num_kv_heads
         return 2 * entries * self.head_dim * self.dtype.itemsize
-
-
-@dataclass
-class Timing:
-    """Seconds of one call."""
-
-    samples: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def minimum(self) -> float:
-        return min(self.samples)
-
-    def quantile(self, fraction: float) -> float:
-        return float(np.quantile(self.samples, fraction))
 
 
 class Batch:
@@ -163,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = list(measure(arguments))
     console = Console()
     console.print(_table(arguments, results))
-    machine = machine_line()
+    machine = process_line()
     console.print(machine, highlight=False, soft_wrap=True)
     if arguments.json is not None:
         report = {"machine": machine, "settings": settings, "results": _as_json(results)}
@@ -185,7 +167,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[Shape, dict[str, Ti
     ]
     smallest = max(shape.bytes_read + shape.bytes_read // shape.context for shape in sweep)
     num_bytes = max(arguments.arena_mib << 20, 2 * smallest)
-    memory = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
+    slots = num_bytes // (2 * arguments.head_dim * dtype.itemsize)
+    memory = create_arena(1, slots, 1, arguments.head_dim, dtype, "cpu").view(-1)
     for part in memory.split(1 << 24):
         part.normal_()
     for shape in track(sweep, console=Console(stderr=True)):
@@ -222,16 +205,7 @@ def plot(results: Sequence[tuple[Shape, dict[str, Timing]]], machine: str, path:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.supxlabel(machine, fontsize=7)
-    figure.savefig(path, dpi=150)
-
-
-def machine_line() -> str:
-    """CPU model, cores, threads, load, versions and commit: what a number belongs to."""
-    return (
-        f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"load {os.getloadavg()[0]:.1f}; Python {platform.python_version()} "
-        f"torch {torch.__version__}; commit {commit()}"
-    )
+    figure.savefig(path, dpi=110)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -331,16 +305,11 @@ def _table(
             str(shape.batch),
             str(shape.context),
             f"{shape.bytes_read / 1e6:.1f}",
-            *(_milliseconds(timings[name]) for name in COLORS),
+            *(timings[name].milliseconds() for name in COLORS),
             f"{lava.median / plain.median:.2f} ({lava.minimum / plain.minimum:.2f})",
             f"1 / {timings[NATIVE].median / lava.median:.1f}",
         )
     return table
-
-
-def _milliseconds(timing: Timing) -> str:
-    low, high = timing.quantile(0.1) * 1e3, timing.quantile(0.9) * 1e3
-    return f"{timing.median * 1e3:.2f} [{low:.2f} - {high:.2f}] {timing.minimum * 1e3:.2f}"
 
 
 def _as_json(results: Sequence[tuple[Shape, dict[str, Timing]]]) -> list[dict[str, Any]]:
@@ -349,16 +318,7 @@ def _as_json(results: Sequence[tuple[Shape, dict[str, Timing]]]) -> list[dict[st
             **asdict(shape),
             "dtype": str(shape.dtype).removeprefix("torch."),
             "bytes_read": shape.bytes_read,
-            "seconds": {
-                name: {
-                    "median": timing.median,
-                    "minimum": timing.minimum,
-                    "p10": timing.quantile(0.1),
-                    "p90": timing.quantile(0.9),
-                    "calls": len(timing.samples),
-                }
-                for name, timing in timings.items()
-            },
+            "seconds": {name: timing.as_json() for name, timing in timings.items()},
         }
         for shape, timings in results
     ]

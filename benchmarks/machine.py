@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number belongs to, and how wide its table may be."""
+"""What a number belongs to: the processor, the process and the commit."""
 
 import os
 import platform
@@ -17,6 +17,18 @@ def cpu_model() -> str:
     lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def process_line() -> str:
+    """CPU model, cores, threads, load, accelerator, versions and commit."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}, {device}; Python {platform.python_version()} "
+        f"torch {torch.__version__}; commit {commit()}"
+    )
 
 
 def commit() -> str:

@@ -50,10 +50,16 @@ def _converts_e4m3fn() -> bool:
 
 
 @triton.jit
+def entry_place(layer, slot, head, slots, H: tl.constexpr):
+    """The K row of an entry among all rows, int64; its V row is `slots * H` rows further."""
+    plane = layer.to(tl.int64) * 2
+    return (plane * slots + slot) * H + head
+
+
+@triton.jit
 def entry_offset(layer, slot, head, slots, H: tl.constexpr, D: tl.constexpr):
     """Element offset of the K row of an entry, int64; its V row is `slots * H * D` further."""
-    plane = layer.to(tl.int64) * 2
-    return ((plane * slots + slot) * H + head) * D
+    return entry_place(layer, slot, head, slots, H) * D
 
 
 @triton.jit

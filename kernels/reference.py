@@ -11,12 +11,21 @@ import torch
 import torch.nn.functional as F
 
 
-def window_attention_ref(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+def window_attention_ref(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
+) -> torch.Tensor:
     """Mean causal attention that the last W tokens pay to each token of the prompt.
 
     queries: [W, num_qo_heads, head_dim], after RoPE, of the last W tokens.
     keys: [prompt_len, num_kv_heads, head_dim], after RoPE.
     scaling: factor on the logits, 1/sqrt(head_dim) in most models.
+    query_weights: float32 [W] with the sum 1, of the mean over the W tokens; None: all alike.
+    root_mean_square: the quadratic mean in place of the arithmetic one.
     Returns float32 [num_qo_heads, prompt_len]. Softmax in float32 over the whole prompt.
     Source: SnapKV, arXiv 2404.14469, eq. 1-2, with the mean in place of the sum.
     """
@@ -30,7 +39,14 @@ def window_attention_ref(queries: torch.Tensor, keys: torch.Tensor, scaling: flo
     # Query t stands at prompt_len - W + t and sees the tokens up to itself.
     hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).triu(1)
     logits[:, :, prompt_len - num_queries :].masked_fill_(hidden, float("-inf"))
-    return logits.softmax(dim=-1).mean(dim=1)
+    attention = logits.softmax(dim=-1)
+    if root_mean_square:
+        attention = attention.square()
+    if query_weights is None:
+        mean = attention.mean(dim=1)
+    else:
+        mean = torch.einsum("hwt,w->ht", attention, query_weights)
+    return mean.sqrt() if root_mean_square else mean
 
 
 def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
@@ -39,6 +55,14 @@ def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
     scores: [rows, tokens]. width: odd. Returns the same shape and dtype.
     """
     return F.max_pool1d(scores[None], width, stride=1, padding=width // 2)[0]
+
+
+def span_pool_ref(scores: torch.Tensor, span: int) -> torch.Tensor:
+    """Running maximum over each token and the `span` before it.
+
+    scores: [rows, tokens], non-negative. Returns the same shape and dtype.
+    """
+    return F.max_pool1d(F.pad(scores, (span, 0))[None], span + 1, stride=1)[0]
 
 
 def ragged_decode_ref(
@@ -99,6 +123,49 @@ def tape_owners_ref(offsets: torch.Tensor) -> torch.Tensor:
     return columns.repeat_interleave(offsets.diff())
 
 
+def tape_pages_ref(
+    pages: torch.Tensor,
+    starts: torch.Tensor,
+    arena: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+) -> None:
+    """`flashinfer_decode.tape_pages`, one request and layer at a time. Mutates `pages`."""
+    num_layers, _, slots, num_kv_heads, _ = arena.shape
+    for i, row in enumerate(req_pool_indices.tolist()):
+        prefix_len, budget = int(prefix_lens[row]), int(budgets[row])
+        for layer in range(num_layers if budget else 0):
+            piece = offsets[row, layer * num_kv_heads : (layer + 1) * num_kv_heads + 1]
+            place = torch.arange(int(piece[0]), int(piece[-1]), device=pages.device)
+            column, slot = place // budget, req_to_token[row, prefix_len + place % budget].long()
+            plane = 2 * (column // num_kv_heads)
+            start = int(starts[layer, i])
+            pages[start : start + len(place)] = (
+                (plane * slots + slot) * num_kv_heads + column % num_kv_heads
+            ).int()
+
+
+def exact_slots_ref(
+    slots: torch.Tensor,
+    indptr: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    longest: int,
+) -> None:
+    """`flashinfer_decode.exact_slots`, one request at a time. Mutates `slots`."""
+    for i, row in enumerate(req_pool_indices.tolist()):
+        start, end = indptr[i : i + 2].tolist()
+        place = torch.arange(end - start, device=slots.device)
+        position = place.where(place < prefix_lens[row], place + budgets[row])
+        slots[start:end] = req_to_token[row, position]
+
+
 def compact_ref(
     arena: torch.Tensor,
     src_slots: torch.Tensor,
@@ -120,12 +187,7 @@ def compact_ref(
         )
 
 
-def value_norm_ref(values: torch.Tensor) -> torch.Tensor:
-    """Each head's largest L1 norm: [tokens, num_kv_heads, head_dim] -> float32 [num_kv_heads]."""
-    return values.float().abs().sum(dim=-1).amax(dim=0)
-
-
-def lava_scores_ref(
+def window_scores_ref(
     queries: torch.Tensor,
     arena: torch.Tensor,
     prompt_slots: torch.Tensor,
@@ -133,16 +195,17 @@ def lava_scores_ref(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
     pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
-    value_norm: bool = True,
+    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`window_scores.window_scores`, one layer at a time.
-
-    Source: LAVa, arXiv 2509.09754: attention of the window, max-pooled, reduced over the
-    query heads of a group, times the head's value norm.
-    """
+    """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
+    attend to, times how much its value can change the output."""
     entries = arena if kv_dtype is None else arena.view(kv_dtype)
     num_layers, _, _, num_kv_heads, _ = arena.shape
     scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
@@ -150,13 +213,24 @@ def lava_scores_ref(
     scores = []
     for layer in range(num_layers):
         attention = window_attention_ref(
-            queries[layer], entries[layer, 0, prompt_slots], scales[layer]
+            queries[layer],
+            entries[layer, 0, prompt_slots],
+            scales[layer],
+            query_weights=query_weights,
+            root_mean_square=root_mean_square,
+        )[:, scored]
+        # [num_kv_heads, scored tokens, head_dim]
+        values = entries[layer, 1, prompt_slots[scored]].float().transpose(0, 1)
+        if value_norm == "token":
+            group = attention.shape[0] // num_kv_heads
+            attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
+        pooled = torch.maximum(
+            max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
         )
-        pooled = max_pool_ref(attention[:, scored], pool_width)
         grouped = pooled.view(num_kv_heads, -1, pooled.shape[-1])
         score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
-        if value_norm:
-            score = score * value_norm_ref(entries[layer, 1, prompt_slots[scored]])[:, None]
+        if value_norm == "head":
+            score = score * values.abs().sum(dim=-1).amax(dim=-1, keepdim=True)
         scores.append(score)
     return torch.stack(scores)
 

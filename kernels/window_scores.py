@@ -3,8 +3,9 @@
 
 Softmax needs its sum over all tokens before any probability is known, so K is read twice:
 `_softmax_sums` leaves one log-sum-exp per query and `_mean_attention` the mean over the window.
-`_value_norm` reads V once; `_pool` takes neighbours and groups together. Nothing of size
-[window, prompt] is written.
+V is read once, by `_mean_attention` for the norm of each token or by `_value_norm` for the
+largest of a head; `_pool` takes neighbours and groups together. Nothing of size [window, prompt]
+is written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lava_sglang.kernels.arena import (
     loadable,
     typed_arena,
 )
-from lava_sglang.kernels.reference import lava_scores_ref
+from lava_sglang.kernels.reference import window_scores_ref
 
 LOG2E = 1.4426950408889634
 SCRATCH_BYTES = 64 << 20  # attention of the layers that are worked on together
@@ -35,9 +36,13 @@ def window_scores(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
     pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
-    value_norm: bool = True,
+    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Importance of each scored entry: those of the suffix before its observation window.
@@ -48,16 +53,23 @@ def window_scores(
     prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
     scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
+    query_weights: float32 [window queries] with the sum 1, of the mean over them; None: all alike.
+    root_mean_square: the quadratic mean in place of the arithmetic one.
     pool_width: odd; the maximum over so many neighbours, clipped to the scored tokens.
+    span, span_share: a token also lifts the `span` scored tokens after it, to span_share of its
+    own; span_share in (0, 1].
     group_reduce: 'max' or 'mean', over the query heads of a KV head, after pooling.
-    value_norm: times the largest L1 norm of the head's scored values.
+    value_norm: 'token', times the L2 norm of the token's value, before pooling; 'head', times the
+    largest L1 norm of the head's scored values; or 'none'.
     Returns float32 [num_layers, num_kv_heads, prompt_len - P - w]. Reads nothing back to the host.
-    Source: LAVa, arXiv 2509.09754 (max, value norm); SnapKV, arXiv 2404.14469 (mean, none).
+    Source: LAVa, arXiv 2509.09754 (max, head); SnapKV, arXiv 2404.14469 (mean, none).
     """
-    run = window_scores_triton if arena.is_cuda else lava_scores_ref
+    run = window_scores_triton if arena.is_cuda else window_scores_ref
     return run(
         queries, arena, prompt_slots, shared_prefix_len, window_size, scaling,
-        pool_width=pool_width, group_reduce=group_reduce, value_norm=value_norm, kv_dtype=kv_dtype,
+        query_weights=query_weights, root_mean_square=root_mean_square, pool_width=pool_width,
+        span=span, span_share=span_share, group_reduce=group_reduce, value_norm=value_norm,
+        kv_dtype=kv_dtype,
     )  # fmt: skip
 
 
@@ -69,9 +81,13 @@ def window_scores_triton(
     window_size: int,
     scaling: float | torch.Tensor,
     *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
     pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
     group_reduce: str = "max",
-    value_norm: bool = True,
+    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`window_scores` by the Triton kernels."""
@@ -89,7 +105,9 @@ def window_scores_triton(
     assert num_scored >= 1, f"{prompt_len} tokens, P={shared_prefix_len}, w={window_size}"
     assert prompt_slots.dtype == torch.int64, prompt_slots.dtype
     assert pool_width % 2 == 1, f"pool_width={pool_width}: odd"
+    assert span >= 0 and 0 < span_share <= 1, f"span={span}, span_share={span_share}"
     assert group_reduce in ("max", "mean"), group_reduce
+    assert value_norm in ("token", "head", "none"), value_norm
 
     device = arena.device
     data, e4m3_bits, factor = loadable(arena)
@@ -97,6 +115,10 @@ def window_scores_triton(
         scaling = torch.full((num_layers,), scaling, device=device)
     assert scaling.shape == (num_layers,) and scaling.dtype == torch.float32, scaling
     scaling = scaling * (factor * LOG2E)
+    if query_weights is None:
+        query_weights = torch.full((num_queries,), 1 / num_queries, device=device)
+    assert query_weights.shape == (num_queries,) and query_weights.is_contiguous(), query_weights
+    assert query_weights.dtype == torch.float32, query_weights.dtype
     arena_shape = {
         "slots": slots,
         "H": num_kv_heads,
@@ -113,11 +135,15 @@ def window_scores_triton(
             queries, data, prompt_slots, scaling, first_layer, layers, group, arena_shape
         )
         _attend_scored(
-            queries, data, prompt_slots, scaling, sums, attention,
+            queries, data, prompt_slots, scaling, sums, query_weights, attention,
             first_layer, layers, group, shared_prefix_len, arena_shape,
+            root_mean_square=root_mean_square, token_norm=value_norm == "token",
         )  # fmt: skip
-        norms = torch.full((layers, num_kv_heads), 1.0, device=device)
-        if value_norm:
+        # The number that a loaded value stands for is `factor` times itself.
+        norms = torch.full(
+            (layers, num_kv_heads), factor if value_norm == "token" else 1.0, device=device
+        )
+        if value_norm == "head":
             scored_slots = prompt_slots[shared_prefix_len : prompt_len - window_size]
             norms = _value_norms(data, scored_slots, first_layer, layers, factor, arena_shape)
         _pool[(triton.cdiv(num_scored, 1024), num_kv_heads, layers)](
@@ -126,6 +152,8 @@ def window_scores_triton(
             scores[first_layer:],
             num_scored,
             POOL_WIDTH=pool_width,
+            SPAN=span,
+            SPAN_SHARE=span_share,
             MEAN=group_reduce == "mean",
             H=num_kv_heads,
             G=group,
@@ -192,14 +220,19 @@ def _attend_scored(
     prompt_slots: torch.Tensor,
     scaling: torch.Tensor,
     sums: torch.Tensor,
+    query_weights: torch.Tensor,
     attention: torch.Tensor,
     first_layer: int,
     layers: int,
     group: int,
     shared_prefix_len: int,
     arena_shape: dict[str, int],
+    *,
+    root_mean_square: bool,
+    token_norm: bool,
 ) -> None:
-    """Write each query head's mean attention to the scored tokens into `attention`."""
+    """Write each query head's mean attention to the scored tokens into `attention`, times the
+    token's value norm if `token_norm`."""
     num_queries, num_scored = queries.shape[1], attention.shape[2]
     block_w, block_n, num_warps = _mean_blocks(arena_shape["BLOCK_D"], queries.dtype)
     _mean_attention[(triton.cdiv(num_scored, block_n), arena_shape["H"], layers)](
@@ -208,12 +241,15 @@ def _attend_scored(
         prompt_slots,
         scaling,
         sums.contiguous(),
+        query_weights,
         attention,
         num_scored,
         num_queries,
         first_layer,
         shared_prefix_len,
         G=group,
+        ROOT_MEAN_SQUARE=root_mean_square,
+        TOKEN_NORM=token_norm,
         BLOCK_W=block_w,
         BLOCK_N=block_n,
         num_warps=num_warps,
@@ -321,6 +357,7 @@ def _mean_attention(
     prompt_slots_ptr,
     scaling_ptr,
     lse_ptr,  # [layers, H, G * num_queries], base 2
+    query_weights_ptr,  # [num_queries]
     attention_ptr,  # [layers, H * G, num_scored]
     num_scored,
     num_queries,
@@ -331,6 +368,8 @@ def _mean_attention(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROOT_MEAN_SQUARE: tl.constexpr,
+    TOKEN_NORM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     E4M3_BITS: tl.constexpr,
@@ -342,6 +381,11 @@ def _mean_attention(
     slot = tl.load(prompt_slots_ptr + shared_prefix_len + scored, mask=live, other=0)
     offset = entry_offset(layer, slot, kv_head, slots, H, D)
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
+    norm = tl.full([BLOCK_N], 1.0, tl.float32)
+    if TOKEN_NORM:
+        v_plane = slots.to(tl.int64) * (H * D)
+        v = load_entries(arena_ptr, offset + v_plane, live, D, BLOCK_D, E4M3_BITS, tl.float32)
+        norm = tl.sqrt(tl.sum(v * v, 1))
     k = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, dtype)
     scaling = tl.load(scaling_ptr + layer)
     d = tl.arange(0, BLOCK_D)
@@ -363,11 +407,15 @@ def _mean_attention(
                 mask=in_window,
                 other=float("inf"),
             )
+            weight = tl.load(query_weights_ptr + query, mask=in_window, other=0.0)
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scaling
-            mean += tl.sum(tl.exp2(logits - lse[None, :]), 1)
-        tl.store(
-            attention_ptr + (group_head + g) * num_scored + scored, mean / num_queries, mask=live
-        )
+            share = tl.exp2(logits - lse[None, :])
+            if ROOT_MEAN_SQUARE:
+                share = share * share
+            mean += tl.sum(share * weight[None, :], 1)
+        if ROOT_MEAN_SQUARE:
+            mean = tl.sqrt(mean)
+        tl.store(attention_ptr + (group_head + g) * num_scored + scored, mean * norm, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_scored", "first_layer", "slots"])
@@ -407,6 +455,8 @@ def _pool(
     scores_ptr,  # [layers, H, num_scored]
     num_scored,
     POOL_WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    SPAN_SHARE: tl.constexpr,
     MEAN: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -422,6 +472,10 @@ def _pool(
             at = scored + (shift - POOL_WIDTH // 2)
             mask = (at >= 0) & (at < num_scored)
             pooled = tl.maximum(pooled, tl.load(row_ptr + at, mask=mask, other=0.0))
+        for distance in range(1, SPAN + 1):
+            at = scored - distance
+            before = tl.load(row_ptr + at, mask=(at >= 0) & (at < num_scored), other=0.0)
+            pooled = tl.maximum(pooled, SPAN_SHARE * before)
         score = score + pooled / G if MEAN else tl.maximum(score, pooled)
     norm = tl.load(norms_ptr + head)
     tl.store(scores_ptr + head * num_scored + scored, score * norm, mask=scored < num_scored)

@@ -9,6 +9,7 @@ which imports this module: keep it light.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from sglang.srt.arg_groups.arg_utils import NS, A, Arg
@@ -17,12 +18,14 @@ from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.server_args import ServerArgs
 
 from lava_sglang.config import (
-    DECODE_BACKEND,
+    DECODE_BACKENDS,
     METHOD_CHOICES,
     RAGGED_METHODS,
     KVCompressionConfig,
     KVCompressionError,
 )
+
+logger = logging.getLogger(__name__)
 
 _DEFAULTS = KVCompressionConfig()
 
@@ -67,7 +70,7 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
         dict[str, Any] | None,
         Arg(
             help="Further settings as JSON: window_size, pool_width, sink_tokens, scope, trigger, "
-            "decode_interval, admit_ahead, seed, "
+            "decode_interval, admit_ahead, seed, decode_kernel, "
             "uniform_layers (true: every layer keeps equally many), uniform_heads (true: every "
             "head of a layer does), head_floor (share of the layer's mean, 0 to 1, that every head "
             "keeps at least; lava and adakv). "
@@ -142,14 +145,17 @@ def validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
     view = resolving_view(server_args)
     reasons: list[str] = []
+    config = None
     try:
-        enabled = config_of(view).enabled
+        config = config_of(view)
     except KVCompressionError as error:
-        enabled, reasons = True, error.reasons
-    if enabled:
+        reasons = error.reasons
+    if config is None or config.enabled:
         from lava_sglang import compat
 
         reasons = reasons + compat.version_reasons() + compat.feature_reasons(view)
+        if config is not None and config.decode_kernel == "flashinfer":
+            reasons += compat.flashinfer_reasons(config, view.device)
     if reasons:
         raise KVCompressionError(reasons, heading="KV compression cannot start")
 
@@ -162,5 +168,24 @@ def choose_decode_backend(server_args: Any, previous: Any) -> None:
     """
     previous(server_args)
     view = resolving_view(server_args)
-    if view.kv_compression in RAGGED_METHODS and view.device != "cpu":
-        declare_resolution(server_args, "lava_sglang", decode_attention_backend=DECODE_BACKEND)
+    if view.kv_compression not in RAGGED_METHODS or view.device == "cpu":
+        return
+    try:
+        kernel = config_of(view).decode_kernel
+    except KVCompressionError:
+        return  # `validate` tells
+    declare_resolution(server_args, "lava_sglang", decode_attention_backend=DECODE_BACKENDS[kernel])
+    if kernel == "flashinfer":
+        _disable_decode_graph(server_args, view)
+
+
+def _disable_decode_graph(server_args: Any, view: Any) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    if view.cuda_graph_config.decode.backend == Backend.DISABLED:
+        return
+    logger.warning(
+        "The CUDA graph of decode is disabled because decode_kernel='flashinfer' plans on the host"
+    )
+    disabled = with_phase(view.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
+    declare_resolution(server_args, "lava_sglang", cuda_graph_config=disabled)

@@ -11,9 +11,10 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lava_sglang.config import KVCompressionError
+from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig, KVCompressionError
 from lava_sglang.seams import SEAMS
 
 SGLANG_VERSION = "0.5.23"
@@ -56,6 +57,45 @@ def _upstream(target: str) -> Any:
     if isinstance(found, type) and found.__module__.startswith("lava_sglang."):
         found = found.__base__
     return getattr(found, name)
+
+
+def flashinfer_reasons(config: KVCompressionConfig, device: str) -> list[str]:
+    """What keeps `decode_kernel: "flashinfer"` from serving. device: of the server."""
+    option = "--kv-compression-config decode_kernel='flashinfer'"
+    if not config.ragged:
+        return [
+            f"{option}: of use to {', '.join(RAGGED_METHODS)} only; {config.method} decodes on "
+            "--decode-attention-backend"
+        ]
+    import torch
+
+    if torch.version.hip is not None:
+        device = "ROCm"
+    if device != "cuda":
+        return [f"{option}: needs an NVIDIA GPU, this server runs on {device}"]
+    try:
+        import flashinfer
+    except (ImportError, OSError) as error:
+        return [f"{option}: FlashInfer cannot be imported: {error}"]
+    return [f"{option}: {reason}" for reason in _call_reasons(flashinfer)]
+
+
+def _call_reasons(flashinfer: Any) -> list[str]:
+    """Calls of ours that the module does not take."""
+    from lava_sglang.kernels.flashinfer_decode import CALLS
+
+    reasons = []
+    for target, arguments in CALLS.items():
+        try:
+            found = inspect.signature(attrgetter(target)(flashinfer))
+        except AttributeError as error:
+            reasons.append(f"flashinfer.{target} is missing: {error}")
+            continue
+        try:
+            found.bind(**dict.fromkeys(arguments))
+        except TypeError as error:
+            reasons.append(f"flashinfer.{target} takes {tuple(found.parameters)}: {error}")
+    return reasons
 
 
 class Feature(NamedTuple):
@@ -166,7 +206,8 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
         reasons.append(
             f"decode attention backend {type(decode).__name__}: "
             f"{scheduler.kv_compression_config.method} keeps its own entries in each head, "
-            "which only --decode-attention-backend lava reads (torch_native on a CPU)"
+            "which only --decode-attention-backend lava and lava_flashinfer read (torch_native on "
+            "a CPU)"
         )
     return reasons + model_reasons(runner.model)
 

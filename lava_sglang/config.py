@@ -22,23 +22,24 @@ from pydantic import (
     field_validator,
 )
 
-RAGGED_METHODS = ("lava", "adakv", "pyramidkv")
+RAGGED_METHODS = ("lava", "lava_span", "adakv", "pyramidkv")
 """Methods that keep their own number of entries in every layer and head: any of them needs the
 server to have been started with one, for its decode backend."""
 
 UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
 """Methods that keep the same number of entries everywhere: any decode backend reads them."""
 
-POOLED_HEAD_METHODS = ("lava", "adakv")
+POOLED_HEAD_METHODS = ("lava", "lava_span", "adakv")
 """Methods in which the heads of a layer compete for its entries: `head_floor` has a meaning."""
 
 METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
 
-DECODE_BACKEND = "lava"
-"""The name of our attention backend: the only one that decodes ragged requests on a GPU."""
+DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
+"""Decode kernel -> name of our attention backend: only these decode ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt", "auto"]
 Trigger = Literal["always", "pressure"]
+DecodeKernel = Literal["triton", "flashinfer"]
 
 _ACCEPTS = {
     "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
@@ -57,6 +58,7 @@ _ACCEPTS = {
     "uniform_heads": "true or false",
     "head_floor": "a share from 0 to 1, with one of the methods "
     f"{', '.join(POOLED_HEAD_METHODS)} and without uniform_heads",
+    "decode_kernel": "'triton' or 'flashinfer'",
     "enabled": "true or false",
 }
 
@@ -83,7 +85,7 @@ class KVCompressionConfig(BaseModel):
     # Fractions of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
     # More than one is a ladder: the first that the pool affords, lower when slots are short.
     budget: tuple[float, ...] = (0.25,)
-    # Width in tokens of the max-pool over SnapKV's scores.
+    # Width in tokens of the max-pool over the scores of lava, snapkv, adakv and pyramidkv.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
     sink_tokens: int = Field(default=4, ge=0)
@@ -104,6 +106,8 @@ class KVCompressionConfig(BaseModel):
     uniform_heads: bool = False
     # Share of the layer's mean that every head keeps at least. None: the method's own.
     head_floor: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    # What a ragged method decodes by on a GPU; flashinfer runs without a CUDA graph of decode.
+    decode_kernel: DecodeKernel = "triton"
 
     @field_validator("method")
     @classmethod

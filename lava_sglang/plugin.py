@@ -20,7 +20,7 @@ from lava_sglang import hooks, seams
 def register() -> None:
     """Entry point `sglang.srt.plugins`. Idempotent."""
     from lava_sglang.args import LavaServerArgs, choose_decode_backend, validate
-    from lava_sglang.config import DECODE_BACKEND
+    from lava_sglang.config import DECODE_BACKENDS
 
     if hooks.add("sglang.srt.server_args.ServerArgs", LavaServerArgs, HookType.REPLACE):
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
@@ -28,7 +28,7 @@ def register() -> None:
 
         register_resolution_hook(seams.VALIDATE.target.rsplit(".", 1)[1])(validate)
         register_resolution_hook(seams.BACKEND.target.rsplit(".", 1)[1])(choose_decode_backend)
-        add_attention_backend_choices([DECODE_BACKEND])
+        add_attention_backend_choices(list(DECODE_BACKENDS.values()))
     engine = sys.modules.get("sglang.srt.entrypoints.engine")
     if engine is not None:  # its class attribute was bound before us
         engine.Engine.server_args_class = LavaServerArgs

@@ -82,7 +82,8 @@ POSITIONS = Seam(
         "kv_loc_plan",
         "write_cols",
     ),
-    "decode positions are derived from seq_lens here and nowhere else; no subclass point",
+    "decode positions are derived from seq_lens here and nowhere else; no subclass point. It is "
+    "handed the rows on the host and drops them in decode: FlashInfer is planned by them",
 )
 PREFILL_LOG = Seam(
     f"{_STATS}.get_prefill_usage_msg_parts", "hook", ("self",), "the Prefill batch log line"
@@ -147,7 +148,7 @@ SEAMS = (
         f"{_BACKEND}.init_forward_metadata",
         "override",
         ("self", "forward_batch"),
-        "plans nothing",
+        "plans FlashInfer's calls; the Triton kernel needs no plan",
     ),
     Seam(
         f"{_BACKEND}.init_forward_metadata_out_graph",
@@ -159,7 +160,7 @@ SEAMS = (
         f"{_BACKEND}.init_cuda_graph_state",
         "override",
         ("self", "max_bs", "max_num_tokens"),
-        "the workspace is there already",
+        "the Triton kernel's workspace is there already; FlashInfer has no graph",
     ),
     Seam(
         f"{_BACKEND}.get_cuda_graph_seq_len_fill_value",

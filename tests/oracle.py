@@ -36,6 +36,7 @@ class Prefill:
     logits: Tensor  # [vocabulary], of the last prompt token
     window_queries: Tensor  # [L, Q, w, D], after RoPE
     window_attention: Tensor  # [L, Q, I], mean over the w window queries of the causal softmax
+    window_rms: Tensor  # [L, Q, I], its root mean square, query t weighted by exp(t / 8)
     value_l1: Tensor  # [L, H, I], L1 norm of each value row
 
 
@@ -63,12 +64,17 @@ class _PrefillPass:
         self.values: list[Tensor] = []
         self.queries: list[Tensor] = []
         self.attention: list[Tensor] = []
+        self.rms: list[Tensor] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.keys.append(key)
         self.values.append(value)
         self.queries.append(query[:, self.window].clone())
-        self.attention.append(_mean_window_attention(query, key, self.window, scale))
+        attention = _window_attention(query, key, self.window, scale)
+        self.attention.append(attention.mean(dim=1))
+        weights = torch.arange(attention.shape[1]).div(8).exp()
+        squares = (attention.square() * weights[:, None]).sum(dim=1)
+        self.rms.append((squares / weights.sum()).sqrt())
         output = torch.nn.functional.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
         )
@@ -101,8 +107,8 @@ class _DecodePass:
         return output.reshape(1, -1, dim)
 
 
-def _mean_window_attention(query: Tensor, key: Tensor, window: slice, scale: float) -> Tensor:
-    """[Q, I] from query [Q, I, D] and key [H, I, D]; each window query sees itself and before."""
+def _window_attention(query: Tensor, key: Tensor, window: slice, scale: float) -> Tensor:
+    """[Q, w, I] of query [Q, I, D] and key [H, I, D]; each window query sees itself and before."""
     prompt_len = key.shape[1]
     group = query.shape[0] // key.shape[0]
     positions = torch.arange(prompt_len)
@@ -111,7 +117,7 @@ def _mean_window_attention(query: Tensor, key: Tensor, window: slice, scale: flo
     for head in range(query.shape[0]):
         scores = query[head, window] @ key[head // group].T * scale
         scores.masked_fill_(future, -math.inf)
-        per_head.append(scores.softmax(dim=1).mean(dim=0))
+        per_head.append(scores.softmax(dim=1))
     return torch.stack(per_head)
 
 
@@ -173,6 +179,7 @@ class Oracle:
             logits=logits,
             window_queries=torch.stack(record.queries),
             window_attention=torch.stack(record.attention),
+            window_rms=torch.stack(record.rms),
             value_l1=torch.stack([layer.abs().sum(dim=2) for layer in values]),
         )
 
@@ -298,6 +305,31 @@ def lava_keep(
     return _keep_best(scores, counts, prefix_len, prompt_len, [0] * layers)
 
 
+def lava_span_keep(prefill: Prefill, prefix_len: int, budget: int, window_size: int) -> Tensor:
+    """LAVaSpan's choice, bool [L, H, I]: the best of each layer across its heads, a fifth of the
+    mean for every head first.
+
+    What an entry adds to the output of a query head: the root mean square of its window attention
+    times the L2 norm of its value. A token scores that, or 0.3 of the most that one of the 16
+    scored tokens before it adds if that is more; the mean over the query heads of a KV head.
+    """
+    layers, heads, prompt_len = prefill.value_l1.shape
+    _check_budget(prompt_len, prefix_len, budget, window_size)
+    scored = slice(prefix_len, prompt_len - window_size)
+    scores = []
+    for layer in range(layers):
+        sizes = prefill.values[layer, :, scored].square().sum(dim=2).sqrt()  # [H, scored]
+        attention = prefill.window_rms[layer, :, scored].unflatten(0, (heads, -1))
+        added = attention * sizes[:, None]  # [H, G, scored]
+        lifted = added.clone()
+        for distance in range(1, min(16, scored.stop - scored.start - 1) + 1):
+            lifted[:, :, distance:] = lifted[:, :, distance:].maximum(0.3 * added[..., :-distance])
+        scores.append(lifted.mean(dim=1))
+    count = heads * (budget - window_size)
+    floor = int(0.2 * (budget - window_size))
+    return _keep_best(scores, [count] * layers, prefix_len, prompt_len, [floor] * layers)
+
+
 def adakv_keep(
     prefill: Prefill, prefix_len: int, budget: int, window_size: int, pool_width: int = 7
 ) -> Tensor:
@@ -357,17 +389,19 @@ def per_rank_keep(
         prefill.values.chunk(tp_size, dim=1),
         prefill.window_queries.chunk(tp_size, dim=1),
         prefill.window_attention.chunk(tp_size, dim=1),
+        prefill.window_rms.chunk(tp_size, dim=1),
         prefill.value_l1.chunk(tp_size, dim=1),
         strict=True,
     )
     kept = []
-    for keys, values, queries, attention, value_l1 in parts:
+    for keys, values, queries, attention, rms, value_l1 in parts:
         of_rank = replace(
             prefill,
             keys=keys,
             values=values,
             window_queries=queries,
             window_attention=attention,
+            window_rms=rms,
             value_l1=value_l1,
         )
         kept.append(keep(of_rank, prefix_len, budget, window_size))

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowCapture
-from lava_sglang.config import DECODE_BACKEND
+from lava_sglang.config import DECODE_BACKENDS
+from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.mem_cache.tape import TapeTable
 
 
@@ -18,7 +20,8 @@ def register_backends() -> None:
     """Make our backends known to SGLang, in a scheduler process that compresses."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    register_attention_backend(DECODE_BACKEND)(LavaAttnBackend)
+    register_attention_backend(DECODE_BACKENDS["triton"])(LavaAttnBackend)
+    register_attention_backend(DECODE_BACKENDS["flashinfer"])(LavaFlashInferAttnBackend)
     register_attention_backend("torch_native")(torch_native)
 
 
@@ -59,3 +62,5 @@ def attach_tape(backend: Any, tape: TapeTable) -> None:
     for part in (backend, getattr(backend, "decode_backend", None)):
         if isinstance(part, RaggedDecode):
             part.tape = tape
+            if part.plans_on_host and tape.host is None:
+                tape.host = HostTape()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode where each head reads its own number of entries, from the tape.
 
-On a GPU: `--decode-attention-backend lava`, beside the prefill backend that the user chose. On a
-CPU: in the place of `torch_native`, whose name SGLang's CPU path asks for.
+On a GPU: `--decode-attention-backend lava`, or `lava_flashinfer` (`flashinfer.py`), beside the
+prefill backend that the user chose. On a CPU: in the place of `torch_native`, whose name SGLang's
+CPU path asks for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang.kernels.cpu.extend import extend_cpu
-from lava_sglang.kernels.cpu.ragged_decode import ragged_decode_cpu
+from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
 from lava_sglang.mem_cache.tape import TapeTable
 
@@ -31,6 +32,7 @@ class RaggedDecode:
     """What both backends share: the tables, and the write of a layer's new entries."""
 
     tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
+    plans_on_host = False  # whether it needs `TapeTable.host`
     token_to_kv_pool: Any
 
     def save(self, layer: Any, forward_batch: Any, k: Any, v: Any, save_kv_cache: bool) -> None:
@@ -52,7 +54,29 @@ class RaggedDecode:
         )
 
 
-class LavaAttnBackend(RaggedDecode, AttentionBackend):
+class GpuRaggedDecode(RaggedDecode, AttentionBackend):
+    """What both GPU backends share: they decode only."""
+
+    def __init__(self, runner: Any):
+        super().__init__()
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.max_bs = runner.req_to_token_pool.size
+        self.tp_size = get_parallel().attn_tp_size
+        self.num_qo_heads = runner.model_config.num_attention_heads // self.tp_size
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def shared_read_ends(self, fm: Any) -> SharedReadEnds:
+        """Every layer reads rows and tables: the scheduler may write them after the replay."""
+        return SharedReadEnds.POST_REPLAY
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError("prefill runs on the backend of --prefill-attention-backend")
+
+
+class LavaAttnBackend(GpuRaggedDecode):
     """Decode by the Triton kernel. It plans nothing: the kernel computes addresses from
     `req_to_token`, the lengths and the tape's tables, all at fixed addresses, so a captured graph
     needs no metadata of its own."""
@@ -60,15 +84,12 @@ class LavaAttnBackend(RaggedDecode, AttentionBackend):
     needs_cpu_seq_lens = False
 
     def __init__(self, runner: Any):
-        super().__init__()
-        self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.token_to_kv_pool = runner.token_to_kv_pool
-        config, tp_size = runner.model_config, get_parallel().attn_tp_size
+        super().__init__(runner)
         self.workspace = DecodeWorkspace(
-            runner.req_to_token_pool.size,
-            config.num_attention_heads // tp_size,
-            config.get_num_kv_heads(tp_size),
-            config.head_dim,
+            self.max_bs,
+            self.num_qo_heads,
+            runner.model_config.get_num_kv_heads(self.tp_size),
+            runner.model_config.head_dim,
             runner.device,
         )
 
@@ -80,13 +101,6 @@ class LavaAttnBackend(RaggedDecode, AttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """The workspace is already at its fixed address."""
-
-    def get_cuda_graph_seq_len_fill_value(self) -> int:
-        return 1
-
-    def shared_read_ends(self, fm: Any) -> SharedReadEnds:
-        """Every layer reads rows and tables: the scheduler may write them after the replay."""
-        return SharedReadEnds.POST_REPLAY
 
     def forward_decode(
         self,
@@ -110,13 +124,21 @@ class LavaAttnBackend(RaggedDecode, AttentionBackend):
         )
         return out.view(q.shape[0], -1)
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError("prefill runs on the backend of --prefill-attention-backend")
-
 
 class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
     """SGLang's `torch_native` with a compiled decode over the tape, and an extend that does not
     compute the prefix's own attention again for every chunk."""
+
+    def __init__(self, runner: Any):
+        super().__init__(runner)
+        config, tp_size = runner.model_config, runner.tp_size
+        # Seconds on a new machine: here, and not in the first request.
+        compile_ragged_decode(
+            config.num_attention_heads // tp_size,
+            config.get_num_kv_heads(tp_size),
+            config.head_dim,
+            self.token_to_kv_pool.arena.dtype,
+        )
 
     def forward_decode(
         self,

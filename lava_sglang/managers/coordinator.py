@@ -71,8 +71,11 @@ class KVCompressionCoordinator:
     def begin_extend(self, batch: ScheduleBatch) -> None:
         """Before the launch: fix the plans, reset the rows, say which queries to stash."""
         assert self.compressor is not None
+        tape = self.compressor.tape
         with self.compressor.stream:
-            self.compressor.tape.reset(batch.req_pool_indices)
+            tape.reset(batch.req_pool_indices)
+        if tape.host is not None:
+            tape.host.reset(batch.req_pool_indices_cpu.tolist())
         batch_start = 0
         for req in batch.reqs:
             req.begin_prefill()

@@ -107,12 +107,17 @@ class LavaScheduler(Scheduler):
             num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
             return result + num_layers * num_kv_heads * SCORE_DTYPE.itemsize
 
-        def shift_positions(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+        def prepare_decode(
+            forward_batch: Any, cls: type, batch: Any, *args: Any, **kwargs: Any
+        ) -> None:
             tape = coordinator.tape
-            if tape is not None and forward_batch.forward_mode.is_decode():
-                forward_batch.positions = tape.shift(
-                    forward_batch.positions, forward_batch.req_pool_indices
-                )
+            if tape is None or not forward_batch.forward_mode.is_decode():
+                return
+            forward_batch.positions = tape.shift(
+                forward_batch.positions, forward_batch.req_pool_indices
+            )
+            if tape.host is not None:  # SGLang hands the rows over with extend batches only
+                forward_batch.req_pool_indices_cpu = batch.req_pool_indices_cpu
 
         def add_log_parts(parts: list[str], *args: Any) -> list[str]:
             return parts + self.kv_compression_log_parts()
@@ -121,7 +126,7 @@ class LavaScheduler(Scheduler):
         hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
         if coordinator.config.has_ladder:
             hooks.add(f"sglang.{seams.CELL_SIZE.target}", cell_size)
-        hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
+        hooks.add(f"sglang.{seams.POSITIONS.target}", prepare_decode)
         hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)
         hooks.add(f"sglang.{seams.DECODE_LOG.target}", add_log_parts)
         hooks.apply(check_seams=True)

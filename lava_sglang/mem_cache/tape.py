@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from lava_sglang.mem_cache.host_tape import HostTape
+
 
 class TapeTable:
     """Where each request's kept entries are, and how far its positions are shifted.
@@ -22,7 +24,10 @@ class TapeTable:
     prefix_lens: int32 [rows], P. budgets: int32 [rows], b, 0 where uncompressed.
     offsets: int32 [rows, L * H + 1], first tape place of each (layer, head), then L * H * b.
     position_deltas: int64 [rows], tokens that compression removed: added to decode positions.
+    host: what a backend that plans on the host reads; None if no backend does.
     """
+
+    host: HostTape | None = None
 
     def __init__(
         self, num_rows: int, num_layers: int, num_kv_heads: int, device: torch.device | str
@@ -58,6 +63,8 @@ class TapeTable:
         self.budgets[row : row + 1].fill_(budget)
         self.position_deltas[row : row + 1].fill_(removed)
         self.offsets[row] = offsets
+        if self.host is not None:
+            self.host.commit(row, budget, self.offsets[row])
 
     def shift(self, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """positions: int [n] of a decode batch, rows: its req_pool_indices. A new tensor."""
@@ -67,6 +74,11 @@ class TapeTable:
         """Raises AssertionError if `row` breaks the tape's rule. Reads the device: tests only."""
         budget = int(self.budgets[row])
         offsets = self.offsets[row].long()
+        if self.host is not None:
+            (known,) = self.host.pieces([row])
+            assert (known.budget if known else 0) == budget, f"row {row}: the host is behind"
+            on_host = offsets.tolist() if known is None else known.offsets.tolist()
+            assert on_host == offsets.tolist(), f"row {row}: the host has other offsets"
         if budget == 0:
             assert int(self.position_deltas[row]) == 0, f"row {row}: shifted but uncompressed"
             return

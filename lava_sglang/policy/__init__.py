@@ -12,6 +12,7 @@ from lava_sglang.policy.base import (
     tape_scores,
 )
 from lava_sglang.policy.lava import LAVa
+from lava_sglang.policy.lava_span import LAVaSpan
 from lava_sglang.policy.pyramidkv import PyramidKV
 from lava_sglang.policy.random import Random
 from lava_sglang.policy.snapkv import SnapKV
@@ -19,6 +20,7 @@ from lava_sglang.policy.streamingllm import StreamingLLM
 
 METHODS: dict[str, type[Method]] = {
     "lava": LAVa,
+    "lava_span": LAVaSpan,
     "snapkv": SnapKV,
     "adakv": AdaKV,
     "pyramidkv": PyramidKV,

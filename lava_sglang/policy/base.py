@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -66,10 +66,8 @@ class Method(ABC):
         Returns float32 [num_layers, num_kv_heads, scored_len]; higher is kept first.
         """
 
-    def window_score(
-        self, prompt: PromptView, *, group_reduce: str, value_norm: bool
-    ) -> torch.Tensor:
-        """A score from the window's attention (`kernels/window_scores.py`), for `score`."""
+    def window_score(self, prompt: PromptView, **options: Any) -> torch.Tensor:
+        """A score from the window's attention, for `score`. options: `window_scores`' own."""
         assert prompt.queries is not None and prompt.scaling is not None
         return window_scores(
             prompt.queries,
@@ -78,9 +76,7 @@ class Method(ABC):
             prompt.shared_prefix_len,
             prompt.window_size,
             prompt.scaling,
-            pool_width=self.config.pool_width,
-            group_reduce=group_reduce,
-            value_norm=value_norm,
+            **options,
         )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,9 @@ class LAVa(Method):
     uniform_heads: ClassVar[bool] = False
 
     def score(self, prompt: PromptView) -> torch.Tensor:
-        return self.window_score(prompt, group_reduce="max", value_norm=True)
+        return self.window_score(
+            prompt, pool_width=self.config.pool_width, group_reduce="max", value_norm="head"
+        )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
         return layer_entropy(scores)

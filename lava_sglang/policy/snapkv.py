@@ -23,4 +23,6 @@ class SnapKV(Method):
     needs_queries: ClassVar[bool] = True
 
     def score(self, prompt: PromptView) -> torch.Tensor:
-        return self.window_score(prompt, group_reduce="mean", value_norm=False)
+        return self.window_score(
+            prompt, pool_width=self.config.pool_width, group_reduce="mean", value_norm="none"
+        )

@@ -14,6 +14,11 @@ import pytest
 import sglang.srt.server_args as server_args_module
 from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.managers.scheduler import run_scheduler_process
+from sglang.srt.model_executor.cuda_graph_config import (
+    Phase,
+    default_cuda_graph_config,
+    with_phase,
+)
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.server_args import prepare_server_args
 
@@ -158,7 +163,7 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name in FIELDS:
         assert f"--{name.replace('_', '-')}" in shown
-    assert "{none,lava,adakv,pyramidkv,snapkv,streamingllm,random}" in shown
+    assert "{none,lava,lava_span,adakv,pyramidkv,snapkv,streamingllm,random}" in shown
 
 
 @pytest.mark.parametrize(
@@ -383,11 +388,55 @@ def test_other_methods_and_a_cpu_decode_on_the_users_backend(
     assert backends == (None, "triton")
 
 
-def test_our_backend_can_be_named_on_the_command_line(model: str) -> None:
+@pytest.mark.parametrize("name", ["lava", "lava_flashinfer"])
+def test_our_backends_can_be_named_on_the_command_line(model: str, name: str) -> None:
     args = prepare_server_args(
-        ["--model-path", model, "--device", "cpu", "--decode-attention-backend", "lava"]
+        ["--model-path", model, "--device", "cpu", "--decode-attention-backend", name]
     )
-    assert args.decode_attention_backend == "lava"
+    assert args.decode_attention_backend == name
+
+
+@pytest.mark.parametrize("graph", ["full", "disabled"])
+def test_flashinfer_decodes_without_a_graph(
+    model: str, graph: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in SGLang's own step, whose backends without a graph disable it with a warning."""
+    args = LavaServerArgs(
+        model_path=model, device="cuda", kv_compression="lava",
+        kv_compression_config={"decode_kernel": "flashinfer"},
+        cuda_graph_config=with_phase(default_cuda_graph_config(), Phase.DECODE, backend=graph),
+    )  # fmt: skip
+    choose_decode_backend(args, lambda server_args: None)
+    view = resolving_view(args)
+    assert view.decode_attention_backend == "lava_flashinfer"
+    assert view.cuda_graph_config.decode.backend == "disabled"
+    assert view.cuda_graph_config.prefill == default_cuda_graph_config().prefill
+    assert ("decode_kernel='flashinfer' plans on the host" in caplog.text) is (graph == "full")
+
+
+def test_a_bad_decode_kernel_is_left_to_the_validation(model: str) -> None:
+    settings = {"decode_kernel": "cuda"}
+    assert resolved_backends(model, "lava", "cuda", kv_compression_config=settings) == (None, None)
+    (reason,) = start_reasons(model, kv_compression="lava", kv_compression_config=settings)
+    assert reason.startswith("--kv-compression-config decode_kernel='cuda': accepts 'triton' or")
+
+
+def test_flashinfer_on_a_cpu_is_refused_with_what_else_is_wrong(model: str) -> None:
+    found = start_reasons(
+        model,
+        kv_compression="lava",
+        kv_compression_config={"decode_kernel": "flashinfer"},
+        enable_mixed_chunk=True,
+    )
+    assert ["mixed chunks" in found[0], "this server runs on cpu" in found[1]] == [True, True]
+
+
+def test_an_unused_decode_kernel_is_not_refused(model: str) -> None:
+    args = LavaServerArgs(
+        model_path=model, device="cpu", kv_compression_config={"decode_kernel": "flashinfer"}
+    )
+    args.resolve_once()
+    assert config_of(args).enabled is False
 
 
 @pytest.mark.parametrize("method", RAGGED_METHODS)

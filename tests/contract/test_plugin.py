@@ -13,14 +13,18 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.plugins.hook_registry import HookRegistry
 from torch import nn
 
 from lava_sglang import hooks, plugin, seams
+from lava_sglang.attention.backend import attach_tape
+from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.kernels.cpu.ragged_decode_jit import attend_kernel
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
@@ -141,11 +145,39 @@ def test_a_backend_that_decodes_from_the_tape_is_given_it(scheduler: Any) -> Non
     assert not hasattr(uniform, "tape")
 
 
+def cpu_runner(device: str) -> Any:
+    """What a backend reads of SGLang's ModelRunner; a layer's decode has 9 query heads for 3."""
+    return SimpleNamespace(
+        device=device,
+        tp_size=2,
+        model_config=SimpleNamespace(
+            num_attention_heads=18, get_num_kv_heads=lambda tp_size: 6 // tp_size, head_dim=64
+        ),
+        req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(5, dtype=torch.int32)[None]),
+        token_to_kv_pool=SimpleNamespace(arena=torch.ones(2, 2, 5, 3, 64)),
+    )
+
+
+def test_the_cpu_backend_has_compiled_its_decode_before_the_first_request(scheduler: Any) -> None:
+    backend = attention_registry.ATTENTION_BACKENDS["torch_native"](cpu_runner("cpu"))
+    compiled = attend_kernel(64, 3)
+    signatures = list(compiled.signatures)
+    assert signatures
+    backend.tape = TapeTable(1, 2, 3, "cpu")
+    layer = SimpleNamespace(layer_id=1, tp_q_head_num=9, qk_head_dim=64, scaling=0.125)
+    batch = SimpleNamespace(req_pool_indices=torch.zeros(1).long(), seq_lens=torch.tensor([5]))
+    q = torch.randn(1, 9 * 64)
+    out = backend.forward_decode(q, None, None, layer, batch, save_kv_cache=False)
+    torch.testing.assert_close(out, torch.ones_like(q))
+    assert list(compiled.signatures) == signatures
+
+
 def test_our_backends_are_registered_by_name(scheduler: Any) -> None:
     assert attention_registry.ATTENTION_BACKENDS["lava"] is LavaAttnBackend
+    assert attention_registry.ATTENTION_BACKENDS["lava_flashinfer"] is LavaFlashInferAttnBackend
     made = {"cpu": LavaCpuAttnBackend, "cuda": TorchNativeAttnBackend}
     for device, backend in made.items():
-        runner = SimpleNamespace(device=device, req_to_token_pool=None, token_to_kv_pool=None)
+        runner = cpu_runner(device)
         found = attention_registry.ATTENTION_BACKENDS["torch_native"](runner)
         assert type(found) is backend
 
@@ -183,13 +215,34 @@ def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: 
         positions=torch.tensor([3, 4]),
         req_pool_indices=torch.tensor([2, 1]),
     )
-    assert hook_on(seams.POSITIONS)(batch, "batch", model_runner="runner") is None
+    batch_of_the_scheduler = SimpleNamespace(req_pool_indices_cpu=torch.tensor([2, 1]))
+    args = (batch, ForwardBatch, batch_of_the_scheduler)
+    assert hook_on(seams.POSITIONS)(*args, model_runner="runner") is None
     assert batch.positions.tolist() == expected
+    assert not hasattr(batch, "req_pool_indices_cpu")
+
+
+def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) -> None:
+    tape = TapeTable(4, 1, 2, "cpu")
+    scheduler.kv_compression.compressor = SimpleNamespace(tape=tape)
+    planning = RaggedBackend()
+    planning.plans_on_host = True
+    attach_tape(planning, tape)
+    rows = torch.tensor([2, 1])
+    batch = SimpleNamespace(
+        forward_mode=forward_mode("decode"), positions=torch.tensor([3, 4]), req_pool_indices=rows
+    )
+    theirs = SimpleNamespace(req_pool_indices_cpu=rows.clone())
+    hook_on(seams.POSITIONS)(batch, ForwardBatch, theirs, "runner")
+    assert batch.req_pool_indices_cpu is theirs.req_pool_indices_cpu
+    host = tape.host
+    attach_tape(planning, tape)
+    assert host is not None and tape.host is host
 
 
 def test_positions_are_left_alone_while_the_engine_warms_up(scheduler: Any) -> None:
     batch = SimpleNamespace(forward_mode=forward_mode("decode"), positions="untouched")
-    hook_on(seams.POSITIONS)(batch)
+    hook_on(seams.POSITIONS)(batch, ForwardBatch, None)
     assert batch.positions == "untouched"
 
 

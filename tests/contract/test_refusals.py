@@ -299,7 +299,8 @@ def test_a_decode_backend_that_reads_equal_budgets_is_refused_for_a_ragged_metho
     )
     expected = (
         f"{method} keeps its own entries in each head, "
-        "which only --decode-attention-backend lava reads (torch_native on a CPU)"
+        "which only --decode-attention-backend lava and lava_flashinfer read (torch_native on a "
+        "CPU)"
     )
     (alone,) = compat.scheduler_reasons(scheduler_with(method=method))
     (half,) = compat.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid))

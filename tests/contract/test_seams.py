@@ -28,6 +28,7 @@ HOOKING = (plugin, our_scheduler_module)
 # Modules with classes that stand in for, or extend, SGLang's in a server process.
 EXTENDING = [
     "args",
+    "attention.flashinfer",
     "attention.ragged",
     "mem_cache.pool",
     *(f"managers.{path.stem}" for path in sorted((PACKAGE / "managers").glob("[a-z]*.py"))),

@@ -22,6 +22,7 @@ from tests.oracle import (
     adakv_keep,
     assert_same_tokens,
     lava_keep,
+    lava_span_keep,
     pyramidkv_keep,
     snapkv_keep,
     streamingllm_keep,
@@ -30,6 +31,7 @@ from tests.oracle import (
 BUDGETS = [0.5, 0.25, 0.125, 64]
 KEEP = {
     "lava": lava_keep,
+    "lava_span": lava_span_keep,
     "snapkv": snapkv_keep,
     "adakv": adakv_keep,
     "pyramidkv": pyramidkv_keep,
@@ -172,7 +174,7 @@ BAD_REQUESTS = [
         "kv_compression.budget=20: accepts a fraction",
     ),
     ({"budget": "much"}, "kv_compression.budget='much': accepts a fraction"),
-    ({"method": "lru"}, "kv_compression.method='lru': accepts one of lava, adakv"),
+    ({"method": "lru"}, "kv_compression.method='lru': accepts one of lava, lava_span, adakv"),
     ({"enabled": 3}, "kv_compression.enabled=3: accepts true or false"),
     ({"bugdet": 0.1}, "kv_compression.bugdet=0.1: unknown field, accepts enabled, method, budget"),
 ]

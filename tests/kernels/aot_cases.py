@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lava_sglang.kernels.compact import compact_triton
+from lava_sglang.kernels.flashinfer_decode import exact_slots_triton, tape_pages_triton
 from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
 from lava_sglang.kernels.select import select_triton
@@ -46,10 +47,11 @@ def cases(full: bool) -> list[Case]:
         copied += [(head_dim, bf16) for head_dim in (64, 80, 256)]
     return [
         *(_decode(*shape) for shape in decode),
-        *(_window_scores(*shape) for shape in window),
+        *(_window_scores(*shape, span=span) for shape in window for span in (0, 16)),
         *(_compact(*shape) for shape in copied),
         *(_move(*shape) for shape in copied),
         *(_select(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
+        *(_page_lists(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
         *(_layer_split(num_layers) for num_layers in ((32, 80, 128) if full else (32,))),
     ]
 
@@ -89,7 +91,9 @@ def _decode(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
     return Case(f"decode D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
 
 
-def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
+def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype, *, span: int) -> Case:
+    """With a span, as LAVaSpan calls it; else as LAVa does."""
+
     def launch() -> None:
         dtype = _model_dtype(kv_dtype)
         window_scores_triton(
@@ -99,9 +103,15 @@ def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
             64,
             WINDOW,
             head_dim**-0.5,
+            root_mean_square=span > 0,
+            pool_width=1 if span else 7,
+            span=span,
+            group_reduce="mean" if span else "max",
+            value_norm="token" if span else "head",
         )
 
-    return Case(f"scores D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
+    name = "span scores" if span else "scores"
+    return Case(f"{name} D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
 
 
 def _compact(head_dim: int, dtype: torch.dtype) -> Case:
@@ -135,6 +145,33 @@ def _select(num_kv_heads: int) -> Case:
         select_triton(scores, counts, BUDGET, 64, WINDOW, head_floor=20)
 
     return Case(f"select H{num_kv_heads}", launch)
+
+
+def _page_lists(num_kv_heads: int) -> Case:
+    def launch() -> None:
+        bs, rows = 16, 64
+        table = torch.zeros(rows, dtype=torch.int32)
+        batch = (torch.zeros(rows, 8192, dtype=torch.int32), torch.zeros(bs, dtype=torch.int64))
+        tape_pages_triton(
+            torch.empty(SLOTS, dtype=torch.int32),
+            torch.zeros(LAYERS, bs, dtype=torch.int64),
+            torch.empty(LAYERS, 2, SLOTS, num_kv_heads, 128),
+            *batch,
+            table,
+            table,
+            torch.zeros(rows, LAYERS * num_kv_heads + 1, dtype=torch.int32),
+            BUDGET * num_kv_heads,
+        )
+        exact_slots_triton(
+            torch.empty(SLOTS, dtype=torch.int32),
+            torch.zeros(bs + 1, dtype=torch.int32),
+            *batch,
+            table,
+            table,
+            PROMPT,
+        )
+
+    return Case(f"page lists H{num_kv_heads}", launch)
 
 
 def _layer_split(num_layers: int) -> Case:

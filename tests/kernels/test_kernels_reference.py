@@ -6,11 +6,15 @@ import math
 import pytest
 import torch
 
-from lava_sglang.kernels.reference import max_pool_ref, window_attention_ref
+from lava_sglang.kernels.reference import max_pool_ref, span_pool_ref, window_attention_ref
 
 
 def window_attention_by_loops(
-    queries: torch.Tensor, keys: torch.Tensor, scaling: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scaling: float,
+    power: int,
+    query_weights: list[float],
 ) -> torch.Tensor:
     """float64 [num_qo_heads, prompt_len]; one query, one head, one key at a time."""
     num_queries, num_qo_heads, head_dim = queries.shape
@@ -30,21 +34,29 @@ def window_attention_by_loops(
             ]
             total = sum(math.exp(logit) for logit in logits)
             for token, logit in enumerate(logits):
-                mean[head, token] += math.exp(logit) / total / num_queries
-    return mean
+                mean[head, token] += query_weights[place] * (math.exp(logit) / total) ** power
+    return mean ** (1 / power)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("root_mean_square", [False, True])
 @pytest.mark.parametrize("group", [1, 3, 5])
 @pytest.mark.parametrize(("num_queries", "prompt_len"), [(1, 1), (4, 4), (4, 13), (1, 9)])
-def test_window_attention_equals_loops(group: int, num_queries: int, prompt_len: int) -> None:
+def test_window_attention_equals_loops(
+    group: int, num_queries: int, prompt_len: int, root_mean_square: bool, weighted: bool
+) -> None:
     torch.manual_seed(group)
     queries = torch.randn(num_queries, 2 * group, 8)
     keys = torch.randn(prompt_len, 2, 8)
-    attention = window_attention_ref(queries, keys, 0.7)
-    assert attention.dtype == torch.float32
-    torch.testing.assert_close(
-        attention.double(), window_attention_by_loops(queries, keys, 0.7), rtol=1e-5, atol=1e-6
+    weights = torch.rand(num_queries).softmax(0) if weighted else None
+    attention = window_attention_ref(
+        queries, keys, 0.7, query_weights=weights, root_mean_square=root_mean_square
     )
+    assert attention.dtype == torch.float32
+    each = weights.tolist() if weights is not None else [1 / num_queries] * num_queries
+    power = 2 if root_mean_square else 1
+    expected = window_attention_by_loops(queries, keys, 0.7, power, each)
+    torch.testing.assert_close(attention.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_window_query_sees_no_later_token() -> None:
@@ -85,3 +97,13 @@ def test_max_pool_equals_loops(width: int, tokens: int) -> None:
         for token in range(tokens):
             near = scores[row, max(0, token - half) : token + half + 1]
             assert pooled[row, token] == near.max()
+
+
+@pytest.mark.parametrize("span", [0, 1, 12, 63])
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_span_pool_equals_loops(span: int, tokens: int) -> None:
+    scores = torch.rand(3, tokens)
+    pooled = span_pool_ref(scores, span)
+    for row in range(3):
+        for token in range(tokens):
+            assert pooled[row, token] == scores[row, max(0, token - span) : token + 1].max()

@@ -23,8 +23,8 @@ def dot(left: list[float], right: list[float]) -> float:
     return sum(a * b for a, b in zip(left, right, strict=True))
 
 
-def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
-    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
+def window_attention(prompt: PromptView, layer: int) -> list[list[list[list[float]]]]:
+    """Float64 [num_kv_heads][group][window queries][prompt tokens]; 0 for tokens not yet seen."""
     assert prompt.queries is not None and prompt.scaling is not None
     num_queries, num_qo_heads, _ = prompt.queries[layer].shape
     prompt_len, num_kv_heads = len(prompt.slots), prompt.num_kv_heads
@@ -32,13 +32,11 @@ def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[li
     keys = prompt.arena[layer, 0, prompt.slots].tolist()
     scaling = float(prompt.scaling[layer])
     group = num_qo_heads // num_kv_heads
-    first, last = prompt.shared_prefix_len, prompt_len - prompt.window_size
-    half = pool_width // 2
-    pooled = []
+    attention = []
     for kv_head in range(num_kv_heads):
-        pooled_heads = []
+        heads = []
         for query_head in range(kv_head * group, (kv_head + 1) * group):
-            mean = [0.0] * prompt_len
+            rows = []
             for place in range(num_queries):
                 seen = prompt_len - num_queries + place + 1
                 weights = [
@@ -46,8 +44,21 @@ def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[li
                     for t in range(seen)
                 ]
                 total = sum(weights)
-                for token, weight in enumerate(weights):
-                    mean[token] += weight / total / num_queries
+                rows.append([w / total for w in weights] + [0.0] * (prompt_len - seen))
+            heads.append(rows)
+        attention.append(heads)
+    return attention
+
+
+def pooled_attention(prompt: PromptView, layer: int, pool_width: int) -> list[list[list[float]]]:
+    """Float64 [num_kv_heads][group][scored tokens]: mean window attention, then the maximum."""
+    first, last = prompt.shared_prefix_len, len(prompt.slots) - prompt.window_size
+    half = pool_width // 2
+    pooled = []
+    for query_heads in window_attention(prompt, layer):
+        pooled_heads = []
+        for rows in query_heads:
+            mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
             pooled_heads.append(
                 [
                     max(mean[max(first, t - half) : min(last, t + half + 1)])
@@ -89,11 +100,37 @@ def lava_scores(prompt: PromptView, pool_width: int) -> Scores:
     return scores
 
 
+def lava_span_scores(prompt: PromptView, pool_width: int) -> Scores:
+    """LAVaSpan by its definition: what an entry adds in the root mean square, and 0.3 of it for
+    the 16 tokens after it; the mean over the query heads of a group. No max-pool."""
+    scores = []
+    first, last = prompt.shared_prefix_len, len(prompt.slots) - prompt.window_size
+    for layer in range(prompt.num_layers):
+        values = prompt.arena[layer, 1, prompt.slots].tolist()
+        heads = []
+        for head, query_heads in enumerate(window_attention(prompt, layer)):
+            mean = [0.0] * (last - first)
+            for rows in query_heads:
+                weights = [math.exp(place / 8) for place in range(len(rows))]
+                added = []
+                for token in range(first, last):
+                    squares = [w * row[token] ** 2 for w, row in zip(weights, rows, strict=True)]
+                    attention = math.sqrt(sum(squares) / sum(weights))
+                    added.append(attention * math.hypot(*values[token][head]))
+                for token, own in enumerate(added):
+                    before = [0.3 * size for size in added[max(0, token - 16) : token]]
+                    mean[token] += max([own, *before]) / len(query_heads)
+            heads.append(mean)
+        scores.append(heads)
+    return scores
+
+
 DEFINITIONS = {
     "snapkv": snapkv_scores,
     "adakv": snapkv_scores,
     "pyramidkv": snapkv_scores,
     "lava": lava_scores,
+    "lava_span": lava_span_scores,
 }
 
 
@@ -149,7 +186,7 @@ def best_entries(scores: list[list[float]], count: int, floor: int) -> list[list
     return [sorted(tokens) for tokens in kept]
 
 
-OWN_FLOORS = {"lava": Fraction(0), "adakv": Fraction(1, 5)}
+OWN_FLOORS = {"lava": Fraction(0), "lava_span": Fraction(1, 5), "adakv": Fraction(1, 5)}
 """Of the methods in which heads compete: the share of its layer's mean that a head is sure of."""
 
 

@@ -23,9 +23,9 @@ BUDGET_RANGE = (
     "or a ladder of fractions or of numbers, each below the one before, such as 0.5,0.25,0.125"
 )
 HEAD_FLOOR_RANGE = (
-    "a share from 0 to 1, with one of the methods lava, adakv and without uniform_heads"
+    "a share from 0 to 1, with one of the methods lava, lava_span, adakv and without uniform_heads"
 )
-METHOD_RANGE = "one of lava, adakv, pyramidkv, snapkv, streamingllm, random"
+METHOD_RANGE = "one of lava, lava_span, adakv, pyramidkv, snapkv, streamingllm, random"
 
 BAD_VALUES: list[tuple[str, Any, str]] = [
     ("method", "lru", METHOD_RANGE),
@@ -73,6 +73,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("head_floor", math.nan, HEAD_FLOOR_RANGE),
     ("head_floor", "0.2", HEAD_FLOOR_RANGE),
     ("head_floor", True, HEAD_FLOOR_RANGE),
+    ("decode_kernel", "cuda", "'triton' or 'flashinfer'"),
+    ("decode_kernel", None, "'triton' or 'flashinfer'"),
 ]
 
 
@@ -120,6 +122,7 @@ def test_all_bad_values_are_reported_together() -> None:
         "sink_tokens": -1,
         "scope": "all",
         "seed": -1,
+        "decode_kernel": "cuda",
         "window": 1,
     }
     found = reasons(bad)
@@ -193,7 +196,7 @@ def test_good_budgets(budget: float) -> None:
 def test_every_method_is_served_or_off(method: str) -> None:
     config = KVCompressionConfig.parse({"method": method})
     assert config.enabled is (method != "none")
-    assert config.ragged is (method in ("lava", "adakv", "pyramidkv"))
+    assert config.ragged is (method in ("lava", "lava_span", "adakv", "pyramidkv"))
 
 
 def test_the_settings_are_frozen_and_hashable() -> None:

@@ -229,12 +229,12 @@ def test_window_attention_equals_eager_attention(
     first = PROMPT_LEN - WINDOW if start is None else start
     assert prefill.window_attention.shape == (LAYERS, QUERY_HEADS, PROMPT_LEN)
     for layer, full in enumerate(attentions):
-        torch.testing.assert_close(
-            prefill.window_attention[layer],
-            full[0, :, first : first + WINDOW].mean(dim=1),
-            atol=1e-6,
-            rtol=0,
-        )
+        window = full[0, :, first : first + WINDOW]
+        weights = torch.tensor([math.exp(place / 8) for place in range(WINDOW)])
+        weighted = torch.einsum("qwi,w->qi", window**2, weights / weights.sum())
+        mean, rms = window.mean(dim=1), weighted**0.5
+        torch.testing.assert_close(prefill.window_attention[layer], mean, atol=1e-6, rtol=0)
+        torch.testing.assert_close(prefill.window_rms[layer], rms, atol=1e-6, rtol=0)
 
 
 def test_window_queries_reproduce_the_window_attention(prefill: Prefill) -> None:

@@ -19,10 +19,8 @@ from tests.unit.slow_policy import (
     NO_OPTIONS,
     Options,
     entropy,
-    lava_scores,
     slow_keep,
     slow_weights,
-    snapkv_scores,
 )
 
 NUM_SHAPES = 1000
@@ -118,7 +116,7 @@ def test_pyramidkvs_layer_weights_fall_to_a_twentieth_of_the_mean(num_layers: in
     assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-4) and steps[0] > 0
 
 
-@pytest.mark.parametrize("name", ["snapkv", "adakv", "streamingllm", "random"])
+@pytest.mark.parametrize("name", ["lava_span", "snapkv", "adakv", "streamingllm", "random"])
 def test_other_methods_weigh_layers_alike(name: str) -> None:
     weights = METHODS[name](KVCompressionConfig(method=name)).layer_weights(torch.rand(4, 2, 10))
     assert weights.tolist() == [1.0] * 4
@@ -140,7 +138,7 @@ def test_every_method_keeps_what_slow_loops_keep(
     prompt = random_prompt(shape, seed, num_layers, distinct)
     by_definition = {
         definition: torch.tensor(definition(prompt, shape.pool_width), dtype=torch.float64)
-        for definition in (snapkv_scores, lava_scores)
+        for definition in set(DEFINITIONS.values())
     }
     mean = shape.budget - shape.window_size
     for name in METHODS:
@@ -182,17 +180,18 @@ def layer_value(scores: list[list[float]], kept: list[list[int]], prompt: Prompt
     )
 
 
-def test_adakv_keeps_a_fifth_of_the_mean_in_every_head() -> None:
+@pytest.mark.parametrize("name", ["adakv", "lava_span"])
+def test_every_head_keeps_a_fifth_of_the_mean(name: str) -> None:
     """Where one head outscores all others."""
     shape = Shape(108, 0, 8, 8, 4, 1, 1, 33)
 
-    class Loud(METHODS["adakv"]):  # type: ignore[misc]
+    class Loud(METHODS[name]):  # type: ignore[misc]
         def score(self, prompt: PromptView) -> torch.Tensor:
             scores = torch.rand(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
             scores[:, 1] += 10
             return scores
 
-    kept = keep(Loud(settings_for(shape, "adakv")), random_prompt(shape), shape.budget)
+    kept = keep(Loud(settings_for(shape, name)), random_prompt(shape), shape.budget)
     assert (kept.counts - shape.window_size).tolist() == [[5, 85, 5, 5]] * NUM_LAYERS
 
 
@@ -266,8 +265,9 @@ def test_uniform_methods_keep_as_many_everywhere(name: str, shape: Shape) -> Non
     assert kept.counts.tolist() == [[shape.budget] * shape.num_kv_heads] * NUM_LAYERS
 
 
-def test_adakv_splits_no_budget_between_layers(shape: Shape) -> None:
-    method = METHODS["adakv"](settings_for(shape, "adakv"))
+@pytest.mark.parametrize("name", ["adakv", "lava_span"])
+def test_some_methods_split_no_budget_between_layers(name: str, shape: Shape) -> None:
+    method = METHODS[name](settings_for(shape, name))
     kept = keep(method, random_prompt(shape), shape.budget)
     assert kept.counts.sum(dim=1).tolist() == [shape.num_kv_heads * shape.budget] * NUM_LAYERS
 

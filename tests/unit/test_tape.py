@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.mem_cache.tape import TapeTable
 
 NUM_LAYERS = 2
@@ -144,3 +145,47 @@ def test_a_shift_without_compression_is_found(tape: TapeTable) -> None:
     tape.budgets[4] = 0
     with pytest.raises(AssertionError, match="row 4: shifted but uncompressed"):
         tape.check_integrity(4)
+
+
+def test_the_host_has_what_the_tables_say(tape: TapeTable) -> None:
+    tape.host = HostTape()
+    commit(tape, 3)
+    found = tape.host.pieces([0, 3])
+    assert found[0] is None and found[1] is not None
+    assert found[1].budget == BUDGET and found[1].offsets.tolist() == OFFSETS
+    assert found[1].offsets.device.type == "cpu"
+    tape.check_integrity(3)
+
+
+def test_pieces_are_the_same_objects_until_a_row_changes(tape: TapeTable) -> None:
+    host = tape.host = HostTape()
+    commit(tape, 3)
+    commit(tape, 5)
+    before = host.pieces([5, 3, 1])
+    assert all(a is b for a, b in zip(before, host.pieces([5, 3, 1]), strict=True))
+    commit(tape, 3)
+    host.reset([5, 1])
+    after = host.pieces([5, 3, 1])
+    assert after[0] is None and after[1] is not before[1]
+
+
+def test_the_host_keeps_no_view_of_the_table(tape: TapeTable) -> None:
+    tape.host = HostTape()
+    commit(tape, 3)
+    (pieces,) = tape.host.pieces([3])
+    tape.offsets[3] = 0
+    assert pieces is not None and pieces.offsets.tolist() == OFFSETS
+
+
+@pytest.mark.parametrize("stale", ["budget", "offsets", "reset"])
+def test_a_host_that_is_behind_breaks_the_tapes_rule(tape: TapeTable, stale: str) -> None:
+    tape.host = HostTape()
+    commit(tape, 3)
+    if stale == "budget":
+        tape.host.commit(3, BUDGET + 1, tape.offsets[3])
+    elif stale == "offsets":
+        tape.host.commit(3, BUDGET, tape.offsets[3].flip(0))
+    else:
+        tape.reset(torch.tensor([3]))
+    with pytest.raises(AssertionError, match="row 3: the host"):
+        tape.check_integrity(3)

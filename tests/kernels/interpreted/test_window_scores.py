@@ -6,7 +6,7 @@ import torch
 
 from lava_sglang.kernels import arena as arena_module
 from lava_sglang.kernels import window_scores as module
-from lava_sglang.kernels.reference import lava_scores_ref
+from lava_sglang.kernels.reference import window_scores_ref
 from lava_sglang.kernels.window_scores import window_scores_triton
 
 RTOL = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -36,18 +36,37 @@ def check(
     window: int = 8,
     **options: Any,
 ) -> None:
+    options = dict(options)
     args = (*inputs, prefix, window, options.pop("scaling", inputs[0].shape[3] ** -0.5))
+    if "recency" in options:
+        places = torch.arange(inputs[0].shape[1], dtype=torch.float32)
+        options["query_weights"] = (places / options.pop("recency")).softmax(0)
     got = window_scores_triton(*args, **options)
-    want = lava_scores_ref(*args, **options)
+    want = window_scores_ref(*args, **options)
     assert want.shape[2] == len(inputs[2]) - prefix - window
     torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("group_reduce", ["max", "mean"])
-@pytest.mark.parametrize("value_norm", [True, False])
-def test_options(dtype: torch.dtype, group_reduce: str, value_norm: bool) -> None:
-    check(prompt(dtype=dtype), group_reduce=group_reduce, value_norm=value_norm)
+@pytest.mark.parametrize("value_norm", ["token", "head", "none"])
+@pytest.mark.parametrize("root_mean_square", [False, True])
+def test_options(
+    dtype: torch.dtype, group_reduce: str, value_norm: str, root_mean_square: bool
+) -> None:
+    check(
+        prompt(dtype=dtype),
+        group_reduce=group_reduce,
+        value_norm=value_norm,
+        root_mean_square=root_mean_square,
+    )
+
+
+@pytest.mark.parametrize("root_mean_square", [False, True])
+@pytest.mark.parametrize("recency", [0.5, 8, 1000])
+def test_query_weights(recency: float, root_mean_square: bool) -> None:
+    inputs = prompt(layers=1, queries=40, dtype=torch.float32)
+    check(inputs, window=40, recency=recency, root_mean_square=root_mean_square)
 
 
 @pytest.mark.parametrize("pool_width", [1, 3, 63])
@@ -55,14 +74,36 @@ def test_pool_width(pool_width: int) -> None:
     check(prompt(), pool_width=pool_width)
 
 
+SPAN: dict[str, Any] = {
+    "recency": 8,
+    "root_mean_square": True,
+    "pool_width": 1,
+    "span": 12,
+    "span_share": 0.3,
+    "group_reduce": "mean",
+    "value_norm": "token",
+}
+METHODS = pytest.mark.parametrize("options", [{}, SPAN], ids=["lava", "span"])
+
+
+@pytest.mark.parametrize("pool_width", [1, 7])
+@pytest.mark.parametrize(("span", "span_share"), [(1, 0.5), (12, 0.3), (60, 1.0)])
+def test_span(span: int, span_share: float, pool_width: int) -> None:
+    """Also past the first scored token, and past a block of them."""
+    inputs = prompt(layers=1, heads=1, prompt_len=1100, dtype=torch.float32)
+    check(inputs, **SPAN | {"span": span, "span_share": span_share, "pool_width": pool_width})
+
+
+@METHODS
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 16])
-def test_group(group: int) -> None:
-    check(prompt(layers=1, group=group))
+def test_group(group: int, options: dict[str, Any]) -> None:
+    check(prompt(layers=1, group=group), **options)
 
 
+@METHODS
 @pytest.mark.parametrize("head_dim", [80, 96, 128, 256])
-def test_head_dim(head_dim: int) -> None:
-    check(prompt(layers=1, head_dim=head_dim, heads=3))
+def test_head_dim(head_dim: int, options: dict[str, Any]) -> None:
+    check(prompt(layers=1, head_dim=head_dim, heads=3), **options)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +117,16 @@ def test_head_dim(head_dim: int) -> None:
         (257, 64, 64, 64),
     ],
 )
-def test_shape(prompt_len: int, prefix: int, window: int, queries: int) -> None:
-    check(prompt(prompt_len=prompt_len, queries=queries), prefix, window)
+@METHODS
+def test_shape(
+    prompt_len: int, prefix: int, window: int, queries: int, options: dict[str, Any]
+) -> None:
+    check(prompt(prompt_len=prompt_len, queries=queries), prefix, window, **options)
 
 
-def test_a_scale_for_each_layer() -> None:
-    check(prompt(dtype=torch.float32), scaling=torch.tensor([0.05, 0.3]))
+@METHODS
+def test_a_scale_for_each_layer(options: dict[str, Any]) -> None:
+    check(prompt(dtype=torch.float32), scaling=torch.tensor([0.05, 0.3]), **options)
 
 
 @pytest.mark.parametrize("num_programs", [1, 4, 1024])
@@ -90,30 +135,49 @@ def test_prompt_split_over_programs(num_programs: int, monkeypatch: pytest.Monke
     check(prompt(prompt_len=700, layers=1, heads=1, dtype=torch.float32))
 
 
-def test_layers_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+@METHODS
+def test_layers_in_turns(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     monkeypatch.setattr(module, "SCRATCH_BYTES", 2 * 4 * 4 * 121)
-    check(prompt(layers=5))
+    check(prompt(layers=5), **options)
 
 
+@METHODS
 @pytest.mark.parametrize("by_bits", [False, True])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8(kv_dtype: torch.dtype, by_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8(
+    kv_dtype: torch.dtype,
+    by_bits: bool,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(arena_module, "_converts_e4m3fn", lambda: not by_bits)
     queries, arena, slots = prompt()
-    check((queries, arena.to(kv_dtype).view(torch.uint8), slots), kv_dtype=kv_dtype)
+    check((queries, arena.to(kv_dtype).view(torch.uint8), slots), kv_dtype=kv_dtype, **options)
 
 
-def test_arena_past_32_bits() -> None:
+@METHODS
+def test_arena_past_32_bits(options: dict[str, Any]) -> None:
     queries, small, prompt_slots = prompt(head_dim=128)
     slots = 2**31 // (2 * 2 * 2 * 128) + 2**20
     arena = torch.empty(2, 2, slots, 2, 128, dtype=torch.float16)
     arena[:, :, -small.shape[2] :] = small
     assert arena.numel() > 2**31
-    check((queries, arena, prompt_slots + slots - small.shape[2]))
+    check((queries, arena, prompt_slots + slots - small.shape[2]), **options)
 
 
 @pytest.mark.parametrize(
-    "change", [{"pool_width": 4}, {"group_reduce": "sum"}, {"window": 7}, {"prefix": 142}]
+    "change",
+    [
+        {"pool_width": 4},
+        {"group_reduce": "sum"},
+        {"value_norm": "layer"},
+        {"query_weights": torch.full((7,), 1 / 7)},
+        {"span": -1},
+        {"span_share": 0.0},
+        {"span_share": 1.1},
+        {"window": 7},
+        {"prefix": 142},
+    ],
 )
 def test_refuses(change: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):

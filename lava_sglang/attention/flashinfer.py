@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode over the tape by FlashInfer: `decode_kernel: "flashinfer"` in the settings.
+
+What it costs beside the Triton kernel: one plan on the host at every step, one for each layer when
+the batch changes, and no CUDA graph of decode. A graph would need the plans of every layer for
+every captured batch size, in buffers of the largest tape.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+
+from lava_sglang.attention.ragged import GpuRaggedDecode
+from lava_sglang.compat import refuse
+from lava_sglang.kernels.flashinfer_decode import FlashInferDecode, shape_reasons
+from lava_sglang.mem_cache.host_tape import HostPieces
+
+
+class LavaFlashInferAttnBackend(GpuRaggedDecode):
+    """`--decode-attention-backend lava_flashinfer`, chosen for the user."""
+
+    plans_on_host = True
+
+    def __init__(self, runner: Any):
+        super().__init__(runner)
+        arena = self.token_to_kv_pool.arena
+        layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
+        scales = sorted({layer.scaling for layer in layers})
+        reasons = shape_reasons(arena, self.num_qo_heads)
+        if len(scales) != 1:
+            reasons.append(f"attention scales {scales}: FlashInfer decode accepts one for a model")
+        refuse(reasons)
+        self.decode = FlashInferDecode(
+            importlib.import_module("flashinfer"), arena, self.num_qo_heads, self.max_bs, scales[0]
+        )
+        self.decode.warm_up()
+        self.planned: list[HostPieces | None] | None = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan this step, and the tape if a request joined, left or was compressed."""
+        rows = forward_batch.req_pool_indices_cpu
+        if rows is None:  # SGLang's own batches at start
+            rows = forward_batch.req_pool_indices.cpu()
+        assert self.tape is not None and self.tape.host is not None
+        pieces = self.tape.host.pieces(rows.tolist())
+        tables = (
+            self.req_to_token,
+            forward_batch.req_pool_indices,
+            self.tape.prefix_lens,
+            self.tape.budgets,
+        )
+        # The same objects: the same requests in the same order, with the same tapes.
+        if self.planned is None or list(map(id, pieces)) != list(map(id, self.planned)):
+            self.decode.plan_tape(*tables, self.tape.offsets, self._offsets(pieces))
+            self.planned = pieces
+        budgets = torch.tensor([0 if p is None else p.budget for p in pieces])
+        self.decode.plan_exact(*tables, forward_batch.seq_lens_cpu - budgets)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        raise NotImplementedError(
+            "decode_kernel='flashinfer' plans on the host at every step, which no CUDA graph does: "
+            "start with --disable-decode-cuda-graph"
+        )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        return self.decode.run(queries, layer.layer_id).view(q.shape[0], -1)
+
+    def _offsets(self, pieces: list[HostPieces | None]) -> torch.Tensor:
+        """int32 [bs, L * H + 1] on the host, zeros where uncompressed."""
+        assert self.tape is not None
+        offsets = torch.zeros(len(pieces), self.tape.offsets.shape[1], dtype=torch.int32)
+        for row, piece in zip(offsets, pieces, strict=True):
+            if piece is not None:
+                row.copy_(piece.offsets)
+        return offsets
