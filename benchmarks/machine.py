@@ -31,19 +31,13 @@ def process_line() -> str:
     )
 
 
+def machine_line() -> str:
+    """The same, with the versions of the server."""
+    packages = " ".join(f"{name} {version(name)}" for name in ("lava-sglang", "sglang"))
+    return f"{process_line()}; {packages}"
+
+
 def commit() -> str:
     command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def machine_line() -> str:
-    """CPU model, cores, load, accelerator, versions and commit of a benchmark of the server."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    packages = " ".join(f"{name} {version(name)}" for name in ("lava-sglang", "sglang", "torch"))
-    return (
-        f"{cpu_model()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {device}; "
-        f"Python {platform.python_version()} {packages}; commit {commit()}"
-    )
