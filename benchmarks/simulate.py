@@ -69,7 +69,7 @@ def _swept(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.chunked_prefill_size,
         window_bytes=KVCompressionConfig().window_size * queries,
     )
-    names = ("method", "min_tokens", "trigger", "admit_ahead")
+    names = ("method", "min_tokens", "trigger", "admit_ahead", "decode_interval")
     compression = {name: getattr(arguments, name) for name in names}
     title = f"{model.name}, {CHIPS[arguments.chip].name}, {slots:,} slots"
     points: list[Point] = []
@@ -145,6 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--method", choices=METHOD_CHOICES[1:], default="lava", help="(%(default)s)")
     add("--min-tokens", type=int, default=KVCompressionConfig().min_tokens, help="(%(default)s)")
     add("--trigger", choices=["always", "pressure"], default="always", help="(%(default)s)")
+    add("--decode-interval", type=int, help="as the setting of this name")
     add("--admit-ahead", action="store_true", help="as the setting of this name")
     add(
         "--budgets",

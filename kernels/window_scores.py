@@ -135,7 +135,8 @@ def window_scores_triton(
             queries, data, prompt_slots, scaling, first_layer, layers, group, arena_shape
         )
         _attend_scored(
-            queries, data, prompt_slots, scaling, sums, query_weights, attention,
+            queries, data, prompt_slots, scaling,
+            _weigh(sums, query_weights, root_mean_square), attention,
             first_layer, layers, group, shared_prefix_len, arena_shape,
             root_mean_square=root_mean_square, token_norm=value_norm == "token",
         )  # fmt: skip
@@ -206,6 +207,13 @@ def _log_sums(
     return ((partial - top).exp2().sum(dim=-1, keepdim=True).log2() + top)[..., 0]
 
 
+def _weigh(sums: torch.Tensor, query_weights: torch.Tensor, root_mean_square: bool) -> torch.Tensor:
+    """Log-sum-exps, [layers, H, group * queries], from which a query's probabilities, squared or
+    not, come out times its weight."""
+    shift = query_weights.log2() / (2 if root_mean_square else 1)
+    return (sums.unflatten(-1, (-1, len(shift))) - shift).contiguous()
+
+
 def _sums_blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(rows, tokens, warps) of a program. float32 has no tensor cores here: smaller tiles."""
     if dtype == torch.float32:
@@ -220,7 +228,6 @@ def _attend_scored(
     prompt_slots: torch.Tensor,
     scaling: torch.Tensor,
     sums: torch.Tensor,
-    query_weights: torch.Tensor,
     attention: torch.Tensor,
     first_layer: int,
     layers: int,
@@ -240,8 +247,7 @@ def _attend_scored(
         data,
         prompt_slots,
         scaling,
-        sums.contiguous(),
-        query_weights,
+        sums,
         attention,
         num_scored,
         num_queries,
@@ -356,8 +362,7 @@ def _mean_attention(
     arena_ptr,
     prompt_slots_ptr,
     scaling_ptr,
-    lse_ptr,  # [layers, H, G * num_queries], base 2
-    query_weights_ptr,  # [num_queries]
+    lse_ptr,  # [layers, H, G * num_queries], base 2, lower for queries that weigh more
     attention_ptr,  # [layers, H * G, num_scored]
     num_scored,
     num_queries,
@@ -407,12 +412,11 @@ def _mean_attention(
                 mask=in_window,
                 other=float("inf"),
             )
-            weight = tl.load(query_weights_ptr + query, mask=in_window, other=0.0)
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scaling
             share = tl.exp2(logits - lse[None, :])
             if ROOT_MEAN_SQUARE:
                 share = share * share
-            mean += tl.sum(share * weight[None, :], 1)
+            mean += tl.sum(share, 1)
         if ROOT_MEAN_SQUARE:
             mean = tl.sqrt(mean)
         tl.store(attention_ptr + (group_head + g) * num_scored + scored, mean * norm, mask=live)

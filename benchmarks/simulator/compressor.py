@@ -52,6 +52,18 @@ class SimulatedCompressor:
         self._count(req, before)
         self.seconds += self.costs.compress(old, budget)
 
+    def compress_tail(self, req: SimulatedReq, queries: Any) -> bool:
+        """The tape and the answer behind it become a tape of the same budget, in other slots."""
+        assert req.budget is not None
+        if not self.pool.take(req.budget):
+            return False
+        before, tail = req.length, req.tail_len
+        self.pool.give_back(req.budget + tail)
+        req.answer_compressed += tail
+        self._count(req, before)
+        self.seconds += self.costs.compress(req.budget + tail, req.budget)
+        return True
+
     def _count(self, req: SimulatedReq, before: int) -> None:
         if req.outputs.decoding:
             self.slots_read += req.length - before

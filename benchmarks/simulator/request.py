@@ -70,9 +70,14 @@ class SimulatedReq(LavaReq):
         return ("group", self.arrival.group)
 
     @property
+    def tail_len(self) -> int:
+        """Slots of its decode steps."""
+        return self.outputs.steps - self.answer_compressed
+
+    @property
     def length(self) -> int:
         """Slots that a decode step reads of it."""
-        return self.lock.depth + self.held + self.outputs.steps
+        return self.lock.depth + self.held + self.tail_len
 
     def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
         """Match the prompt before its first chunk; before a later one, what was computed counts."""

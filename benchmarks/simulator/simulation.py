@@ -86,6 +86,10 @@ class Simulation:
         self.coordinator = KVCompressionCoordinator(self.config)
         self.coordinator.compressor = self.compressor  # type: ignore[assignment]
         self.coordinator.demand = Demand(self)
+        self.may_rewrite = self.coordinator.may_shrink  # what runs
+        if self.config.decode_interval is not None:
+            self.coordinator.decode_queries = object()  # type: ignore[assignment]
+            self.may_rewrite = True
         self.adder_class: Any = PrefillAdder
         if config is not None:
             self.adder_class = partial(LavaPrefillAdder, coordinator=self.coordinator)
@@ -252,10 +256,9 @@ class Simulation:
             heapq.heappop(self.finishes)  # it was retracted meanwhile
         last = self.finishes[0][0]
         wakes = not (batch.batch_is_full or self.waiting_queue)
-        may_shrink = self.coordinator.may_shrink
         begin, steps = self.now, 0
         while self.clock.steps < last:
-            if may_shrink:
+            if self.may_rewrite:
                 self.coordinator.before_decode(batch)
                 self.now += self._compression_seconds()
             if not self.pool.take(count):
@@ -313,7 +316,7 @@ class Simulation:
 
     def _leave(self, req: SimulatedReq) -> None:
         """Give back everything that the request holds."""
-        self.pool.give_back(req.held + req.outputs.steps)
+        self.pool.give_back(req.held + req.tail_len)
         req.held = 0
         req.outputs.leave()
         self.tree_cache.unlock(req.lock)

@@ -38,7 +38,7 @@ class Checked(Simulation):
 
     def check(self) -> None:
         live = [*self.running_batch.reqs, *([self.chunked_req] if self.chunked_req else [])]
-        private = sum(req.held + req.outputs.steps for req in live)
+        private = sum(req.held + req.tail_len for req in live)
         tree = self.tree_cache
         nodes = tree.nodes.values()
         assert tree.evictable == sum(node.length for node in nodes if node.locks == 0)
@@ -139,6 +139,14 @@ def test_on_pressure_nothing_is_compressed_before_slots_are_short() -> None:
     low, high = run(pressure, rate=0.1), run(pressure, requests=150)
     assert low.compressed == 0
     assert high.compressed > 0 and high.mean_running > 1.5 * run(requests=150).mean_running
+
+
+def test_long_answers_are_compressed_again_and_their_slots_stay_bounded() -> None:
+    long = {"output": Lengths(3000), "asked": 1.0, "requests": 20}
+    plain = run(QUARTER, **long)
+    again = run(QUARTER.model_copy(update={"decode_interval": 200}), **long)
+    assert again.mean_running > 1.5 * plain.mean_running
+    assert again.seconds < plain.seconds
 
 
 def test_more_load_than_capacity_is_not_more_throughput() -> None:

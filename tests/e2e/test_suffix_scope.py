@@ -57,8 +57,9 @@ def test_compressed_text_is_the_oracles(
     stock_tokens: list[list[int]],
 ) -> None:
     """Invariant 5, cold tree: several methods and budgets in one batch, chunked and not."""
-    budgets = [BUDGETS[i % len(BUDGETS)] for i in range(len(prompts))]
     methods = [METHODS[i % len(METHODS)] for i in range(len(prompts))]
+    # A step further each round of methods: budgets and methods meet in more ways than one.
+    budgets = [BUDGETS[(i + i // len(METHODS)) % len(BUDGETS)] for i in range(len(prompts))]
     settings: list[Any] = [
         {"budget": budget, "method": method}
         for budget, method in zip(budgets, methods, strict=True)
