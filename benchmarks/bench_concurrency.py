@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from machine import commit, cpu_model
+from machine import machine_line
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -72,18 +69,6 @@ def as_json(settings: ComparisonSettings, comparison: Comparison) -> dict[str, A
         "off": _run_as_json(comparison.exact),
         "on": _run_as_json(comparison.compressed),
     }
-
-
-def machine_line() -> str:
-    """CPU model, cores, accelerator, versions and commit: what a number belongs to."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    packages = " ".join(f"{name} {version(name)}" for name in ("lava-sglang", "sglang", "torch"))
-    return (
-        f"{cpu_model()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()} "
-        f"{packages}; commit {commit()}"
-    )
 
 
 def _table(settings: ComparisonSettings, comparison: Comparison) -> Table:

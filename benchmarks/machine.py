@@ -4,9 +4,12 @@
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
+FILE_WIDTH = 132
+"""Columns of a table that goes to a file."""
 
 
 def cpu_model() -> str:
@@ -26,6 +29,12 @@ def process_line() -> str:
         f"load {os.getloadavg()[0]:.1f}, {device}; Python {platform.python_version()} "
         f"torch {torch.__version__}; commit {commit()}"
     )
+
+
+def machine_line() -> str:
+    """The same, with the versions of the server."""
+    packages = " ".join(f"{name} {version(name)}" for name in ("lava-sglang", "sglang"))
+    return f"{process_line()}; {packages}"
 
 
 def commit() -> str:

@@ -72,7 +72,7 @@ def long_prompts(
         raise PassageError(f"--prompt-tokens={num_tokens}: accepts a whole number from {least} up")
     prompts = [
         Prompt(title, before + passage + after)
-        for title, passage in _passages(tokenizer, texts, size)
+        for title, passage in passages(tokenizer, texts, size)
     ]
     if len(prompts) < count:
         raise PassageError(
@@ -82,9 +82,10 @@ def long_prompts(
     return prompts[:count]
 
 
-def _passages(
+def passages(
     tokenizer: Any, texts: Mapping[str, str], size: int
 ) -> Iterator[tuple[str, list[int]]]:
+    """Title and token ids: all passages of `size` tokens, the first ones of all texts first."""
     tokens = {title: _encode(tokenizer, text) for title, text in texts.items()}
     longest = max(len(ids) for ids in tokens.values())
     for start in range(0, longest - size + 1, size):

@@ -86,6 +86,10 @@ class LavaPrefillAdder(PrefillAdder):
     def add_one_req(
         self, req: LavaReq, has_chunked_req: bool, truncation_align_size: int | None
     ) -> AddReqResult:
+        if self._half_prefilled_waits:
+            # SGLang keeps one half-prefilled request, and takes this one for a second.
+            return AddReqResult.OTHER
+
         def add() -> AddReqResult:
             self._set_candidate(req)
             return super(LavaPrefillAdder, self).add_one_req(
@@ -112,8 +116,11 @@ class LavaPrefillAdder(PrefillAdder):
         unfinished: LavaReq | None = super().add_chunked_req(req)
         if not self._took(req) and self._make_room(req):
             unfinished = super().add_chunked_req(req)
+        self._half_prefilled_waits = not self._took(req)
         self._count_ahead(req)
         return unfinished
+
+    _half_prefilled_waits = False
 
     def _request_slot_reserve_for_req(
         self, req: LavaReq, *, extend_input_len: int | None = None
@@ -143,7 +150,9 @@ class LavaPrefillAdder(PrefillAdder):
         budget = self.memory_budget
         extend_len = len(req.full_untruncated_fill_ids) - req.prefix_len
         compressed = req.copy_slots() > 0 and self._copy_fits_an_empty_pool(req, 0)
-        budget.released = extend_len if compressed else 0
+        # Of a half-prefilled request, the chunks that it holds too.
+        released = extend_len if req.plan is None else req.plan.suffix_len
+        budget.released = released if compressed else 0
         limit = extend_len if self.rem_chunk_tokens is None else self.rem_chunk_tokens
         budget.first_chunk = min(extend_len, limit)
         budget.ahead = self._ahead(req)

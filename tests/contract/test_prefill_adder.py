@@ -189,3 +189,34 @@ def test_the_last_chunk_of_a_request_alone_is_admitted(engine: Engine) -> None:
         engine.tree.reset()
         engine.allocator.clear()
     assert stuck == []
+
+
+def half_prefilled(engine: Engine) -> LavaReq:
+    half = CONFIG.model_copy(update={"budget": (0.5,)})
+    req = matched(engine, 300, max_new_tokens=8, config=half)
+    assert admits(engine, req, chunk=160)
+    engine.prefilling.append(req)
+    engine.extend((req, req.extend_end - req.prefix_len))
+    req.init_next_round_input()
+    return req
+
+
+def test_the_last_chunk_counts_on_all_that_its_request_gives_back(engine: Engine) -> None:
+    """Also on its earlier chunks: answers to come are no reason to let it wait."""
+    req = half_prefilled(engine)
+    adder = adder_of(engine, chunk=160)
+    adder.memory_budget.total_offset += int(adder.rem_total_tokens) - 144
+    assert adder.add_chunked_req(req) is None
+    assert adder.can_run_list == [req]
+
+
+def test_nobody_overtakes_a_half_prefilled_request_that_waits(engine: Engine) -> None:
+    """SGLang asserts that there is one half-prefilled request at most."""
+    req = half_prefilled(engine)
+    adder = adder_of(engine, chunk=160)
+    adder.memory_budget.current_offset += int(adder.cur_rem_tokens) - 150
+    assert adder.add_chunked_req(req) is req and adder.can_run_list == []
+    adder.memory_budget.current_offset = 0
+    other = matched(engine, 200, first=1000, max_new_tokens=8)
+    adder.add_one_req(other, has_chunked_req=True, truncation_align_size=None)
+    assert adder.can_run_list == [] and adder.new_chunked_req is None

@@ -30,6 +30,7 @@ sglang:kv_compression_requests_total{outcome="too_short"} 1.0
 """
 
 active = 0
+prefill_us = 0
 health_polls = 0
 
 
@@ -44,7 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             self.answer(METRICS.encode())
         elif self.path.startswith("/v1/loads"):
-            self.answer_json({"loads": [{"num_used_tokens": active * SLOTS_PER_REQUEST}]})
+            self.answer_json({"loads": [self.load()]})
+        elif self.path == "/v1/models":
+            self.answer_json({"data": [{"id": "fake"}]})
         else:
             self.answer_json({"path": self.path})
 
@@ -52,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/generate":
             self.generate(json.loads(body))
+        elif self.path == "/v1/chat/completions":
+            self.chat(json.loads(body))
         else:
             print("POST", self.path, flush=True)
             self.answer(b"")
@@ -79,6 +84,37 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(STEP_SECONDS)
             active -= 1
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def chat(self, body: dict[str, Any]) -> None:
+        """A token a step; what was sent comes back as the first word of the answer."""
+        global active, prefill_us
+        if not body.get("stream"):
+            return self.answer_json({"choices": [{"message": {"content": "word"}}]})
+        self.send_response(200)
+        self.end_headers()
+        prompt = sum(len(message["content"].split()) for message in body["messages"])
+        tokens = body["max_completion_tokens"]
+        with DECODING:
+            active += 1
+            prefill_us += 1000 * prompt
+            for token in range(tokens):
+                word = json.dumps(body.get("custom_params")) if token == 0 else "word"
+                self.event({"choices": [{"delta": {"content": f"{word} "}}]})
+                time.sleep(STEP_SECONDS)
+            active -= 1
+        usage = {"prompt_tokens": prompt, "completion_tokens": tokens}
+        self.event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def load(self) -> dict[str, Any]:
+        return {
+            "num_running_reqs": active,
+            "num_used_tokens": active * SLOTS_PER_REQUEST,
+            "max_total_num_tokens": 2 * SLOTS_PER_REQUEST,
+            "total_prefill_busy_us": prefill_us,
+            "total_prefill_uncached_tokens": prefill_us // 1000,
+            "decode_moments": None,
+        }
 
     def event(self, value: dict[str, Any]) -> None:
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
