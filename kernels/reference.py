@@ -18,6 +18,7 @@ def window_attention_ref(
     *,
     query_weights: torch.Tensor | None = None,
     root_mean_square: bool = False,
+    absent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean causal attention that the last W tokens pay to each token of the prompt.
 
@@ -26,6 +27,7 @@ def window_attention_ref(
     scaling: factor on the logits, 1/sqrt(head_dim) in most models.
     query_weights: float32 [W] with the sum 1, of the mean over the W tokens; None: all alike.
     root_mean_square: the quadratic mean in place of the arithmetic one.
+    absent: bool [num_kv_heads, prompt_len], places where a head has no entry.
     Returns float32 [num_qo_heads, prompt_len]. Softmax in float32 over the whole prompt.
     Source: SnapKV, arXiv 2404.14469, eq. 1-2, with the mean in place of the sum.
     """
@@ -39,6 +41,9 @@ def window_attention_ref(
     # Query t stands at prompt_len - W + t and sees the tokens up to itself.
     hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).triu(1)
     logits[:, :, prompt_len - num_queries :].masked_fill_(hidden, float("-inf"))
+    if absent is not None:
+        per_query = absent.repeat_interleave(group, dim=0)[:, None]
+        logits.masked_fill_(per_query, float("-inf"))
     attention = logits.softmax(dim=-1)
     if root_mean_square:
         attention.square_()
@@ -204,7 +209,7 @@ def window_scores_ref(
     """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
     attend to, times how much its value can change the output."""
     entries = arena if kv_dtype is None else arena.view(kv_dtype)
-    num_layers, _, _, num_kv_heads, _ = arena.shape
+    num_layers = arena.shape[0]
     scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
     scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
     scores = []
@@ -215,21 +220,49 @@ def window_scores_ref(
             scales[layer],
             query_weights=query_weights,
             root_mean_square=root_mean_square,
-        )[:, scored]
-        # [num_kv_heads, scored tokens, head_dim]
-        values = entries[layer, 1, prompt_slots[scored]].float().transpose(0, 1)
-        if value_norm == "token":
-            group = attention.shape[0] // num_kv_heads
-            attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
-        pooled = torch.maximum(
-            max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
         )
-        grouped = pooled.view(num_kv_heads, -1, pooled.shape[-1])
-        score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
-        if value_norm == "head":
-            score = score * values.abs().sum(dim=-1).amax(dim=-1, keepdim=True)
-        scores.append(score)
+        scores.append(
+            importance_ref(
+                attention[:, scored],
+                entries[layer, 1, prompt_slots[scored]],
+                pool_width=pool_width,
+                span=span,
+                span_share=span_share,
+                group_reduce=group_reduce,
+                value_norm=value_norm,
+            )
+        )
     return torch.stack(scores)
+
+
+def importance_ref(
+    attention: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
+    group_reduce: str = "max",
+    value_norm: str = "head",
+) -> torch.Tensor:
+    """A score from one layer's attention, by the options of `window_scores.window_scores`.
+
+    attention: float32 [num_qo_heads, tokens]. values: [tokens, num_kv_heads, head_dim].
+    Returns float32 [num_kv_heads, tokens].
+    """
+    values = values.float().transpose(0, 1)
+    num_kv_heads, num_tokens, _ = values.shape
+    if value_norm == "token":
+        group = attention.shape[0] // num_kv_heads
+        attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
+    pooled = torch.maximum(
+        max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
+    )
+    grouped = pooled.view(num_kv_heads, -1, num_tokens)
+    score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
+    if value_norm == "head":
+        score = score * values.abs().sum(dim=-1).amax(dim=-1, keepdim=True)
+    return score
 
 
 def layer_entropy_ref(scores: torch.Tensor) -> torch.Tensor:

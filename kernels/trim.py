@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites a tape in place into fewer slots, through a staging buffer of a fixed size.
+"""Rewrites a tape: in place into fewer slots, or from other entries, through a staging buffer.
 
-The kept entries are in tape order, so entry i was at a place >= i. Two passes over them, neither of
-which overwrites what it has not read: forwards, entry i to place i of the old columns; backwards,
-to place i of the narrower columns. Place i of width b' is never at an earlier address than place i
-of width b. One pass does where everything fits the staging buffer.
+In place: the kept entries are in tape order, so entry i was at a place >= i. Two passes over them,
+neither of which overwrites what it has not read: forwards, entry i to place i of the old columns;
+backwards, to place i of the narrower columns. Place i of width b' is never at an earlier address
+than place i of width b. One pass does where everything fits the staging buffer.
 """
 
 from __future__ import annotations
@@ -48,26 +48,52 @@ def trim(
     step = max(1, staging_bytes // (2 * head_dim * arena.dtype.itemsize))
     if total <= step:
         order = torch.arange(total, device=arena.device)
-        _move(bits, _rows(bits, slots, places, budget), _rows(bits, slots, order, new_budget))
+        _move(
+            bits, tape_rows(bits, slots, places, budget), tape_rows(bits, slots, order, new_budget)
+        )
         return
     starts = range(0, total, step)
     for start in starts:
         order = torch.arange(start, min(start + step, total), device=arena.device)
         kept = places[start : start + step]
-        _move(bits, _rows(bits, slots, kept, budget), _rows(bits, slots, order, budget))
+        _move(bits, tape_rows(bits, slots, kept, budget), tape_rows(bits, slots, order, budget))
     for start in reversed(starts):
         order = torch.arange(start, min(start + step, total), device=arena.device)
-        _move(bits, _rows(bits, slots, order, budget), _rows(bits, slots, order, new_budget))
+        _move(
+            bits, tape_rows(bits, slots, order, budget), tape_rows(bits, slots, order, new_budget)
+        )
 
 
-def _rows(
+def refill(
+    arena: torch.Tensor,
+    source: torch.Tensor,
+    slots: torch.Tensor,
+    staging_bytes: int = STAGING_BYTES,
+) -> None:
+    """Fill a tape from anywhere outside its slots. Mutates `arena`, bit for bit.
+
+    source: int64 [num_layers * num_kv_heads * budget], K rows as `tape_rows` counts them, in tape
+    order. slots: int64 [budget], none of which the sources are in.
+    """
+    bits = arena.view(_SAME_SIZE[arena.dtype.itemsize])
+    step = max(1, staging_bytes // (2 * arena.shape[-1] * arena.dtype.itemsize))
+    for start in range(0, len(source), step):
+        order = torch.arange(start, min(start + step, len(source)), device=arena.device)
+        _move(bits, source[start : start + step], tape_rows(bits, slots, order, len(slots)))
+
+
+def tape_rows(
     arena: torch.Tensor, slots: torch.Tensor, places: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """K rows, int64 [n], of tape places where columns are `width` long; V is a plane further."""
+    """K rows of tape places where columns are `width` long, int64 [n]; V is a plane further."""
+    return own_rows(arena, slots[places % width], places // width)
+
+
+def own_rows(arena: torch.Tensor, slots: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """K rows of entries in their own columns, layer * num_kv_heads + head. int64 [n] all."""
     _, _, num_slots, num_kv_heads, _ = arena.shape
-    column = places // width
-    plane = (column // num_kv_heads) * (2 * num_slots)
-    return (plane + slots[places % width]) * num_kv_heads + column % num_kv_heads
+    plane = (columns // num_kv_heads) * (2 * num_slots)
+    return (plane + slots) * num_kv_heads + columns % num_kv_heads
 
 
 def _move(arena: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:

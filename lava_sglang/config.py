@@ -163,6 +163,8 @@ class KVCompressionConfig(BaseModel):
         window_size = info.data.get("window_size", 0)
         if interval is not None and interval <= window_size:
             raise ValueError(f"must exceed window_size={window_size}")
+        if interval is not None and info.data.get("method") in ("streamingllm", "random"):
+            raise ValueError(f"{info.data['method']} scores by no queries")
         return interval
 
     @property

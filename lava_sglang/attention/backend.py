@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
-from lava_sglang.attention.window import WindowCapture
+from lava_sglang.attention.window import DecodeQueries, WindowCapture
 from lava_sglang.config import DECODE_BACKENDS
 from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.mem_cache.tape import TapeTable
@@ -55,6 +55,22 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
     members = {"forward_extend": forward_extend, "captures_queries": True}
     backend.__class__ = type(f"Lava{base.__name__}", (base,), members)
     return backend
+
+
+def capture_decode_queries(backend: Any, stash: DecodeQueries) -> None:
+    """Give `backend`, or its decode part, a subclass that stashes decode queries. Mutates it."""
+    if type(backend).__name__ == "HybridAttnBackend":
+        backend = backend.decode_backend
+    base = type(backend)
+
+    def forward_decode(
+        self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        stash.store(layer, q, forward_batch)
+        return base.forward_decode(self, q, k, v, layer, forward_batch, *args, **kwargs)
+
+    members = {"forward_decode": forward_decode, "stashes_decode_queries": True}
+    backend.__class__ = type(f"Tail{base.__name__}", (base,), members)
 
 
 def attach_tape(backend: Any, tape: TapeTable) -> None:

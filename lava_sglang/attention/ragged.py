@@ -131,7 +131,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
 
     def __init__(self, runner: Any):
         super().__init__(runner)
-        config, tp_size = runner.model_config, runner.tp_size
+        config, tp_size = runner.model_config, get_parallel().attn_tp_size
         # Seconds on a new machine: here, and not in the first request.
         compile_ragged_decode(
             config.num_attention_heads // tp_size,

@@ -90,3 +90,38 @@ class WindowCapture:
                 segment.window_start,
                 rows.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             )
+
+
+class DecodeQueries:
+    """The queries of each request's last decode steps, for compressing a long answer.
+
+    `rows` is [rows of req_to_token, num_layers, window_size, num_qo_heads, head_dim], a ring by the
+    token's true position. Row 0 takes what padding writes. At a fixed address, for captured graphs.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_layers: int,
+        window_size: int,
+        num_qo_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        shape = (num_rows, num_layers, window_size, num_qo_heads, head_dim)
+        self.window_size = window_size
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
+
+    def store(self, layer: Any, queries: torch.Tensor, forward_batch: Any) -> None:
+        """Called in each layer's decode. queries: [bs, num_qo_heads * head_dim], after RoPE."""
+        place = forward_batch.positions % self.window_size
+        heads = queries.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        self.rows[forward_batch.req_pool_indices, layer.layer_id, place] = heads
+
+    def last(self, row: int, end: int) -> torch.Tensor:
+        """Of positions up to `end`, exclusive, the oldest first.
+
+        Returns [num_layers, window_size, num_qo_heads, head_dim].
+        """
+        return self.rows[row].roll(-(end % self.window_size), dims=1).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +37,17 @@ def load_model(
     return model.to(device).eval()
 
 
-class Prefill:
-    """One prompt of I tokens after its exact forward pass. L layers, w window tokens."""
+class Prefill(NamedTuple):
+    """A prompt of I tokens after its exact forward pass. L layers, w window tokens."""
 
-    def __init__(self, arena: Tensor, queries: Tensor, scaling: Tensor, logits: Tensor):
-        self.arena = arena  # [L, 2, I, H, D], keys after RoPE
-        self.queries = queries  # [L, w, Q, D], after RoPE, of the last w tokens
-        self.scaling = scaling  # float32 [L], factor on the attention logits
-        self.logits = logits  # [vocabulary], of the last token
-
-    @property
-    def prompt_len(self) -> int:
-        return self.arena.shape[2]
+    prompt_len: int  # I
+    arena: Tensor  # [L, 2, I or more, H, D], keys after RoPE; slot i holds token i
+    queries: Tensor  # [L, w, Q, D], after RoPE, of the last w tokens
+    scaling: Tensor  # float32 [L], factor on the attention logits
+    logits: Tensor | None  # [vocabulary], of the last token; None if the pass went on after it
 
     def view(self, window_size: int, shared_prefix_len: int = 0) -> PromptView:
-        """The prompt as `lava_sglang.policy.keep` takes it; slot i holds token i.
+        """The prompt as `lava_sglang.policy.keep` takes it.
 
         window_size: at most the prefill's w. Raises ValueError if no token would be scored.
         """
@@ -72,6 +68,15 @@ class Prefill:
             window_size=window_size,
         )
 
+    def without_last(self, count: int) -> Prefill:
+        """The same prompt before its last `count` tokens, w smaller by as many. Copies nothing."""
+        most = self.queries.shape[1] - 1
+        if not 1 <= count <= most:
+            raise ValueError(f"count={count}: accepts 1 to {most}, less than the recorded queries")
+        return self._replace(
+            prompt_len=self.prompt_len - count, queries=self.queries[:, :-count], logits=None
+        )
+
 
 @torch.no_grad()
 def prefill(
@@ -88,7 +93,8 @@ def prefill(
         record.start = start
         chunk = tokens[:, start : start + chunk_tokens]
         logits = forward(model, chunk, start, record, logits_to_keep=1)[0, -1]
-    return Prefill(*record.result(), logits)
+    scaling = torch.tensor(record.scaling, device=tokens.device)
+    return Prefill(len(input_ids), record.arena, record.queries, scaling, logits)
 
 
 @torch.no_grad()
@@ -142,10 +148,6 @@ class _PrefillPass:
         return F.scaled_dot_product_attention(
             query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        scaling = torch.tensor(self.scaling, device=self.arena.device)
-        return self.arena, self.queries, scaling
 
     def _stash(self, layer: int, query: Tensor) -> None:
         """The part of the window's queries that this chunk holds."""

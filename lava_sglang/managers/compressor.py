@@ -12,12 +12,19 @@ from typing import Any
 
 import torch
 
+from lava_sglang.attention.window import DecodeQueries
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.compact import compact
-from lava_sglang.kernels.trim import trim
+from lava_sglang.kernels.tail_scores import tail_scores
+from lava_sglang.kernels.trim import own_rows, refill, tape_rows, trim
 from lava_sglang.managers.request import LavaReq, SkipReason
 from lava_sglang.managers.stream import ForwardStream
-from lava_sglang.mem_cache.row import alloc_slots, drop_slots, swap_in_private_slots
+from lava_sglang.mem_cache.row import (
+    alloc_slots,
+    drop_slots,
+    replace_slots,
+    swap_in_private_slots,
+)
 from lava_sglang.mem_cache.scores import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import StreamTimer
@@ -26,7 +33,9 @@ from lava_sglang.policy import (
     Method,
     PromptView,
     choose,
+    keep_again,
     keep_fewer,
+    kept_places,
     rank,
     tape_scores,
 )
@@ -48,7 +57,8 @@ class Compressor:
     def __init__(self, runner: Any, tape: TapeTable, scores: ScoreTable | None):
         self.kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.scaling = attention_scaling(runner.model, self.kv_pool.device)
+        scaling = [layer.scaling for layer in attention_layers(runner.model)]
+        self.scaling = torch.tensor(scaling, dtype=torch.float32, device=self.kv_pool.device)
         self.timer = StreamTimer(self.kv_pool.device)
         self.tape = tape
         self.scores = scores
@@ -129,19 +139,76 @@ class Compressor:
                 plan.suffix_len,
                 req.compression.window_size,
                 budget,
+                width=plan.suffix_len + req.answer_compressed,
             )
             trim(self.kv_pool.arena, slots, kept.places, budget)
             self.scores.write(slots[:budget], scores[kept.places])
-            self.tape.commit(row, prefix_len, budget, plan.suffix_len - budget, kept.offsets)
+            removed = req.slots_freed + old - budget
+            self.tape.commit(row, prefix_len, budget, removed, kept.offsets)
         self.stream.fence_row_writes()
         drop_slots(req, self.tree_cache, prefix_len + budget, prefix_len + old)
         req.budget = budget
 
+    def compress_tail(self, req: LavaReq, queries: DecodeQueries) -> bool:
+        """Choose a tape of the same budget again, from the old one and the answer behind it.
 
-def attention_scaling(model: torch.nn.Module, device: torch.device | str) -> torch.Tensor:
-    """Factor on the attention logits of each layer, float32 [num_layers]."""
+        The last decode steps take the place of the prompt's observation window. Mutates the request
+        and its row, and frees all its old private slots. False where there is no room for the copy.
+        """
+        plan = req.plan
+        assert plan is not None and req.budget is not None
+        budget, tail_len, prefix_len = req.budget, req.tail_len, plan.shared_prefix_len
+        slots = alloc_slots(self.tree_cache, budget)
+        if slots is None:
+            return False
+        row, committed = req.kv.req_pool_idx, req.kv.kv_committed_len
+        old_slots = self.req_to_token[row, :committed].long()
+        prefix, tape, tail = old_slots.split([prefix_len, budget, tail_len])
+        method, window_size = method_of(req.compression), req.compression.window_size
+        removed = req.slots_freed
+        self.stream.keep_alive(slots, old_slots)
+        with self.stream, self.timer:
+            offsets = self.tape.offsets[row].clone()
+            width = plan.suffix_len + req.answer_compressed
+            scores = tail_scores(
+                queries.last(row, committed + removed),
+                self.kv_pool.arena,
+                prefix,
+                tape,
+                offsets,
+                tail,
+                self.scaling,
+                width,
+                **method.window_options(window_size, slots.device),
+            )
+            kept = keep_again(method, scores, offsets, window_size, budget)
+            owner, index = kept_places(kept)
+            refill(
+                self.kv_pool.arena,
+                torch.where(
+                    index < width,
+                    tape_rows(
+                        self.kv_pool.arena,
+                        tape,
+                        (offsets[owner + 1] + index - width).clamp(max=len(owner) - 1),
+                        budget,
+                    ),
+                    own_rows(self.kv_pool.arena, tail[(index - width).clamp(min=0)], owner),
+                ),
+                slots,
+            )
+            if self.scores is not None:
+                self.scores.write(slots, scores.flatten(0, 1)[owner, index])
+            self.tape.commit(row, prefix_len, budget, removed + tail_len, kept.offsets)
+        self.stream.fence_row_writes()
+        replace_slots(req, self.tree_cache, prefix_len, slots)
+        req.answer_compressed += tail_len
+        return True
+
+
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """SGLang's RadixAttention modules of a model, by layer."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    ordered = sorted(layers, key=lambda layer: layer.layer_id)
-    return torch.tensor([layer.scaling for layer in ordered], dtype=torch.float32, device=device)
+    return sorted(layers, key=lambda layer: layer.layer_id)

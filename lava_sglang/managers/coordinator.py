@@ -7,12 +7,15 @@ before that. Budgets are known on the host, so nothing is read back from the dev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from lava_sglang.attention.window import WindowCapture, WindowQueries
-from lava_sglang.config import KVCompressionConfig
-from lava_sglang.managers.compressor import Compressor, method_of
+import torch
+
+from lava_sglang.attention.window import DecodeQueries, WindowCapture, WindowQueries
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.managers.compressor import Compressor, attention_layers, method_of
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
 from lava_sglang.mem_cache.scores import ScoreTable
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 DEFERRED_WINDOW_BYTES = 512 * 2**20
 """Queries held for requests that are exact until slots are short; past it, they do not wait."""
 
+DECODE_QUERY_BYTES = 2 * 2**30
+"""Most that the queries of decode steps may take, of all requests."""
+
 
 class KVCompressionCoordinator:
     """One per scheduler. `attach_model` when SGLang builds its attention backend, before any graph
@@ -35,6 +41,7 @@ class KVCompressionCoordinator:
         self.capture = WindowCapture()
         self.stats = CompressionStats()
         self.compressor: Compressor | None = None
+        self.decode_queries: DecodeQueries | None = None
 
     @property
     def tape(self) -> TapeTable | None:
@@ -52,7 +59,27 @@ class KVCompressionCoordinator:
                 else None
             )
             self.compressor = Compressor(runner, TapeTable(num_rows, *shape), scores)
+            if self.config.decode_interval is not None:
+                self.decode_queries = self._decode_queries(runner, num_rows)
         return self.compressor.tape
+
+    def _decode_queries(self, runner: Any, num_rows: int) -> DecodeQueries:
+        """Raises KVCompressionError where they take too much of the device's memory."""
+        layers = attention_layers(runner.model)
+        heads, head_dim = layers[0].tp_q_head_num, layers[0].qk_head_dim
+        dtype: torch.dtype = runner.model_config.dtype
+        shape = (num_rows, len(layers), self.config.window_size, heads, head_dim)
+        size = math.prod(shape) * dtype.itemsize
+        if size > DECODE_QUERY_BYTES:
+            raise KVCompressionError(
+                [
+                    f"--kv-compression-config decode_interval={self.config.decode_interval}: the "
+                    f"last {self.config.window_size} queries of {num_rows} requests take "
+                    f"{size / 2**30:.1f} GiB, accepts up to {DECODE_QUERY_BYTES / 2**30:.0f}: "
+                    "lower --max-running-requests or window_size"
+                ]
+            )
+        return DecodeQueries(*shape, dtype, runner.token_to_kv_pool.device)
 
     def attach_scheduler(self, scheduler: Any) -> None:
         assert self.compressor is not None
@@ -139,6 +166,7 @@ class KVCompressionCoordinator:
 
     def before_decode(self, batch: ScheduleBatch) -> None:
         """Shrink requests before SGLang retracts any. Mutates as `make_room`."""
+        self._compress_tails(batch)
         if not self.may_shrink:
             return
 
@@ -147,6 +175,23 @@ class KVCompressionCoordinator:
             return self.demand.free_slots() >= needed
 
         self.make_room(batch, enough)
+
+    def _compress_tails(self, batch: ScheduleBatch) -> None:
+        interval = self.config.decode_interval
+        if interval is None:
+            return
+        assert self.compressor is not None and self.decode_queries is not None
+        changed = [
+            i
+            for i, req in enumerate(batch.reqs)
+            if req.compressed
+            and not req.finished()
+            and req.tail_len > interval
+            and method_of(req.compression).needs_queries
+            and self.compressor.compress_tail(req, self.decode_queries)
+        ]
+        if changed:
+            _set_lengths(batch, changed)
 
     def copy_reserve(self, batch: ScheduleBatch) -> int:
         """Slots to keep free for one first copy: an exact request cannot shrink in a full pool."""

@@ -56,6 +56,7 @@ class LavaReq(Req):
         self.plan: CompressionPlan | None = None
         self.skip_reason: SkipReason | None = None
         self.budget: int | None = None
+        self.answer_compressed = 0  # tokens of the answer that went onto the tape or were dropped
         self.window: WindowQueries | None = None
         self.compression = config
         override = (self.sampling_params.custom_params or {}).get("kv_compression")
@@ -72,7 +73,16 @@ class LavaReq(Req):
     @property
     def slots_freed(self) -> int:
         """Slots that the request does without."""
-        return 0 if self.plan is None or self.budget is None else self.plan.suffix_len - self.budget
+        if self.plan is None or self.budget is None:
+            return 0
+        return self.plan.suffix_len + self.answer_compressed - self.budget
+
+    @property
+    def tail_len(self) -> int:
+        """Slots of a decoding compressed request behind its tape."""
+        assert self.plan is not None and self.budget is not None
+        prefix_len: int = self.plan.shared_prefix_len
+        return int(self.kv.kv_committed_len) - prefix_len - self.budget
 
     @property
     def held_slots(self) -> int:
@@ -158,6 +168,7 @@ class LavaReq(Req):
         self.plan = None
         self.skip_reason = None
         self.budget = None
+        self.answer_compressed = 0
         self.window = None
 
     def info(self) -> dict[str, Any]:
@@ -171,6 +182,8 @@ class LavaReq(Req):
             info["shared_prefix_tokens"] = self.plan.shared_prefix_len
             info["suffix_tokens"] = self.plan.suffix_len
             info["kept_tokens"] = self.budget
+            if self.answer_compressed:
+                info["answer_tokens_compressed"] = self.answer_compressed
         else:
             info["reason"] = str(self.skip_reason) if self.skip_reason else "not_prefilled"
         info["slots_freed"] = self.slots_freed

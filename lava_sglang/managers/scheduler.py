@@ -12,7 +12,12 @@ from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang import compat, hooks, seams
 from lava_sglang.args import config_of
-from lava_sglang.attention.backend import attach_tape, capture_queries, register_backends
+from lava_sglang.attention.backend import (
+    attach_tape,
+    capture_decode_queries,
+    capture_queries,
+    register_backends,
+)
 from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
@@ -98,6 +103,8 @@ class LavaScheduler(Scheduler):
 
         def capture(backend: Any, runner: Any, full_attn_backend: Any) -> Any:
             attach_tape(backend, coordinator.attach_model(runner))
+            if coordinator.decode_queries is not None:
+                capture_decode_queries(backend, coordinator.decode_queries)
             return capture_queries(backend, coordinator.capture)
 
         def arena_pool(result: Any, platform: Any, *, kind: str) -> Any:

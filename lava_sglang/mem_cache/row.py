@@ -79,6 +79,23 @@ def drop_slots(req: Req, tree_cache: BasePrefixCache, start: int, end: int) -> N
     kv.kv_allocated_len -= end - start
 
 
+def replace_slots(
+    req: Req, tree_cache: BasePrefixCache, shared_prefix_len: int, slots: torch.Tensor
+) -> None:
+    """Put `slots`, int64 [budget], in the place of all a request's private ones, and free those.
+
+    Mutates the request and its row.
+    """
+    kv = req.kv
+    tree_cache.free_kv_row(kv, [(shared_prefix_len, kv.kv_committed_len)])
+    end = shared_prefix_len + len(slots)
+    tree_cache.req_to_token_pool.write(
+        (kv.req_pool_idx, slice(shared_prefix_len, end)), slots.to(torch.int32)
+    )
+    kv.kv_committed_len = end
+    kv.kv_allocated_len = end
+
+
 def branch_len(tree_cache: Any, node: Any) -> int:
     """Tokens of a matched prefix that another text uses too: one that goes on differently from it.
 

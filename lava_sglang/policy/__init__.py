@@ -7,7 +7,9 @@ from lava_sglang.policy.base import (
     PromptView,
     choose,
     keep,
+    keep_again,
     keep_fewer,
+    kept_places,
     rank,
     tape_scores,
 )
@@ -29,4 +31,15 @@ METHODS: dict[str, type[Method]] = {
 }
 """The one place where a method registers; `config.METHOD_CHOICES` names the same."""
 
-__all__ = ["METHODS", "Method", "PromptView", "choose", "keep", "keep_fewer", "rank", "tape_scores"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "PromptView",
+    "choose",
+    "keep",
+    "keep_again",
+    "keep_fewer",
+    "kept_places",
+    "rank",
+    "tape_scores",
+]

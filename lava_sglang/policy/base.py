@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,15 +59,18 @@ class Method(ABC):
     """Share of the layer's mean that every head keeps, where heads are not uniform and
     `config.head_floor` is not set."""
 
-    @abstractmethod
+    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+        """How the window's attention becomes a score: the keywords of `window_scores`.
+
+        For a method that needs queries. num_queries: of the window, the oldest first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores by no queries")
+
     def score(self, prompt: PromptView) -> torch.Tensor:
         """Importance of the scored tokens, the suffix without its window.
 
         Returns float32 [num_layers, num_kv_heads, scored_len]; higher is kept first.
         """
-
-    def window_score(self, prompt: PromptView, **options: Any) -> torch.Tensor:
-        """A score from the window's attention, for `score`. options: `window_scores`' own."""
         assert prompt.queries is not None and prompt.scaling is not None
         return window_scores(
             prompt.queries,
@@ -76,7 +79,7 @@ class Method(ABC):
             prompt.shared_prefix_len,
             prompt.window_size,
             prompt.scaling,
-            **options,
+            **self.window_options(prompt.queries.shape[1], prompt.slots.device),
         )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
@@ -144,22 +147,30 @@ def divide(
         return per_head.repeat_interleave(num_kv_heads), 0
     cap = num_kv_heads * scored_len
     counts = layer_split(weights, len(weights) * num_kv_heads * mean, cap)
+    return counts, _floor(method, counts, num_kv_heads)
+
+
+def _floor(method: Method, counts: torch.Tensor, num_kv_heads: int) -> int | torch.Tensor:
+    """Scored entries that each head has at least, of its layer's: 0 or int64 [num_layers]."""
     given = method.config.head_floor
     units = round((method.head_floor if given is None else given) * HEAD_FLOOR_UNITS)
-    return counts, counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
+    return counts * units // (HEAD_FLOOR_UNITS * num_kv_heads) if units else 0
+
+
+def kept_places(kept: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column, layer * num_kv_heads + head, and the token of each tape place. int64 both."""
+    columns = torch.arange(len(kept.offsets) - 1, device=kept.offsets.device)
+    owner = columns.repeat_interleave(kept.counts.view(-1), output_size=len(kept.tape_tokens))
+    return owner, kept.tape_tokens.long()
 
 
 def tape_scores(prompt: PromptView, ranking: Ranking, kept: Selection) -> torch.Tensor:
     """Each kept entry's score in tape order, [num_layers * num_kv_heads * budget]; infinite in the
     window."""
-    columns = len(kept.offsets) - 1
-    owner = torch.arange(columns, device=kept.offsets.device).repeat_interleave(
-        kept.counts.view(-1), output_size=len(kept.tape_tokens)
-    )
-    token = kept.tape_tokens.long() - prompt.shared_prefix_len
-    last = prompt.scored_len - 1
-    scores = ranking.scores.view(columns, -1)[owner, token.clamp(max=last)]
-    return scores.where(token <= last, float("inf"))
+    owner, tokens = kept_places(kept)
+    place, last = tokens - prompt.shared_prefix_len, prompt.scored_len - 1
+    scores = ranking.scores.flatten(0, 1)[owner, place.clamp(max=last)]
+    return scores.where(place <= last, float("inf"))
 
 
 class Trim(NamedTuple):
@@ -177,12 +188,14 @@ def keep_fewer(
     suffix_len: int,
     window_size: int,
     budget: int,
+    width: int | None = None,
 ) -> Trim:
     """What `choose` would have kept at a smaller budget, chosen from what was kept.
 
     scores: [num_layers * num_kv_heads * old budget], of `tape_scores`.
     offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
     layer_weights: float32 [num_layers], of the ranking. suffix_len: N, tokens.
+    width: at least the longest piece of a head; N, if answers have not been compressed since.
     The same entries as `choose` keeps, ties included: the layer split is monotone in the budget.
     With a head floor whose rounding is not, an entry or two may differ. Reads nothing back to the
     host on a GPU.
@@ -195,14 +208,36 @@ def keep_fewer(
         offsets.diff(), output_size=len(scores)
     )
     place = torch.arange(len(scores), device=offsets.device)
-    by_head = torch.full((columns, suffix_len), float("-inf"), device=offsets.device)
+    width = suffix_len if width is None else width
+    by_head = torch.full((columns, width), float("-inf"), device=offsets.device)
     by_head[owner, place - starts[owner]] = scores.float()
     counts, floor = divide(
         method, layer_weights, num_kv_heads, suffix_len - window_size, budget - window_size
     )
-    by_head = by_head.view(len(counts), -1, suffix_len)
+    by_head = by_head.view(len(counts), -1, width)
     if isinstance(floor, torch.Tensor):
         floor = floor + window_size
     kept = select(by_head, counts + by_head.shape[1] * window_size, budget, 0, 0, floor)
-    head_starts = starts.repeat_interleave(kept.counts.view(-1), output_size=columns * budget)
-    return Trim(head_starts + kept.tape_tokens, kept.offsets)
+    owner, index = kept_places(kept)
+    return Trim(starts[owner] + index, kept.offsets)
+
+
+def keep_again(
+    method: Method, scores: torch.Tensor, offsets: torch.Tensor, window_size: int, budget: int
+) -> Selection:
+    """A tape of the same budget, chosen from what was kept and from the answer since.
+
+    scores: float32 [num_layers, num_kv_heads, places], of `tail_scores`. offsets: int32
+    [num_layers * num_kv_heads + 1], of the old tape. Layers keep as many entries as they had; where
+    the method's heads compete, they do so again. In the result a token is an index into `places`.
+    Reads nothing back to the host on a GPU.
+    """
+    num_layers, num_kv_heads, places = scores.shape
+    counts = offsets.diff().long()
+    floor: int | torch.Tensor = 0
+    if not (method.uniform_heads or method.config.uniform_heads):
+        counts = counts.view(num_layers, num_kv_heads).sum(dim=1)
+        floor = _floor(method, counts - num_kv_heads * window_size, num_kv_heads)
+    if isinstance(floor, torch.Tensor):
+        floor = floor + window_size
+    return select(scores.view(len(counts), -1, places), counts, budget, 0, 0, floor)

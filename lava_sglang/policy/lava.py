@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from lava_sglang.kernels.layer_split import layer_entropy
-from lava_sglang.policy.base import Method, PromptView
+from lava_sglang.policy.base import Method
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,9 @@ class LAVa(Method):
     needs_queries: ClassVar[bool] = True
     uniform_heads: ClassVar[bool] = False
 
-    def score(self, prompt: PromptView) -> torch.Tensor:
-        return self.window_score(
-            prompt, pool_width=self.config.pool_width, group_reduce="max", value_norm="head"
-        )
+    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+        width = self.config.pool_width
+        return {"pool_width": width, "group_reduce": "max", "value_norm": "head"}
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
         return layer_entropy(scores)

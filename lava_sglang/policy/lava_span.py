@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from lava_sglang.policy.base import Method, PromptView
+from lava_sglang.policy.base import Method
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,14 @@ class LAVaSpan(Method):
     span: ClassVar[int] = 16
     span_share: ClassVar[float] = 0.3
 
-    def score(self, prompt: PromptView) -> torch.Tensor:
-        assert prompt.queries is not None
-        places = torch.arange(prompt.queries.shape[1], device=prompt.slots.device)
-        return self.window_score(
-            prompt,
-            query_weights=(places / self.recency).softmax(dim=0),
-            root_mean_square=True,
-            pool_width=1,
-            span=self.span,
-            span_share=self.span_share,
-            group_reduce="mean",
-            value_norm="token",
-        )
+    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+        places = torch.arange(num_queries, device=device)
+        return {
+            "query_weights": (places / self.recency).softmax(dim=0),
+            "root_mean_square": True,
+            "pool_width": 1,
+            "span": self.span,
+            "span_share": self.span_share,
+            "group_reduce": "mean",
+            "value_norm": "token",
+        }

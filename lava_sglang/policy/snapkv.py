@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from lava_sglang.policy.base import Method, PromptView
+from lava_sglang.policy.base import Method
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class SnapKV(Method):
 
     needs_queries: ClassVar[bool] = True
 
-    def score(self, prompt: PromptView) -> torch.Tensor:
-        return self.window_score(
-            prompt, pool_width=self.config.pool_width, group_reduce="mean", value_norm="none"
-        )
+    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+        width = self.config.pool_width
+        return {"pool_width": width, "group_reduce": "mean", "value_norm": "none"}

@@ -193,6 +193,7 @@ class Engine:
             assert position == len(req.origin_input_ids) + len(req.output_ids) - 1
             req.refresh_fill_ids()
             self.write(req, req.kv.kv_committed_len - 1, req.kv.kv_committed_len, position)
+            self.hand_over_decode_query(req, position)
             req.output_ids.append(len(req.output_ids) + 1)
 
     def finish(self, req: LavaReq) -> None:
@@ -243,6 +244,21 @@ class Engine:
                 layer_id=layer, tp_q_head_num=QUERY_HEADS, qk_head_dim=HEAD_DIM
             )
             self.coordinator.capture.capture(attention, torch.cat(queries).flatten(1))
+
+    def hand_over_decode_query(self, req: LavaReq, position: int) -> None:
+        """What each layer's decode hands to the ring, if there is one."""
+        stash = self.coordinator.decode_queries
+        for layer in range(0 if stash is None else NUM_LAYERS):
+            assert stash is not None
+            attention = SimpleNamespace(
+                layer_id=layer, tp_q_head_num=QUERY_HEADS, qk_head_dim=HEAD_DIM
+            )
+            batch = SimpleNamespace(
+                positions=torch.tensor([position]),
+                req_pool_indices=torch.tensor([req.kv.req_pool_idx]),
+            )
+            query = self.queries(req, position, position + 1, layer)
+            stash.store(attention, query.flatten(1), batch)
 
     def queries(self, req: LavaReq, start: int, end: int, layer: int) -> torch.Tensor:
         """[end - start, QUERY_HEADS, HEAD_DIM], the same whatever the chunks."""
@@ -469,7 +485,12 @@ def build_engine(
         for layer_id in range(NUM_LAYERS)
     ]
     coordinator.attach_model(
-        SimpleNamespace(model=nn.ModuleList(layers), token_to_kv_pool=pool, req_to_token_pool=rows)
+        SimpleNamespace(
+            model=nn.ModuleList(layers),
+            model_config=SimpleNamespace(dtype=torch.float32),
+            token_to_kv_pool=pool,
+            req_to_token_pool=rows,
+        )
     )
     engine = Engine(pool, allocator, rows, tree, coordinator)
     coordinator.attach_scheduler(engine.scheduler)

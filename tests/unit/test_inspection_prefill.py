@@ -80,6 +80,19 @@ def test_bad_windows_name_the_range(model: Any, short: Prefill) -> None:
         prefill(model, PROMPT[:20], 20)
 
 
+def test_without_last_is_the_shorter_prompt(model: Any, short: Prefill) -> None:
+    longer = prefill(model, PROMPT[:23], WINDOW + 3).without_last(3)
+    view, expected = longer.view(WINDOW), short.view(WINDOW)
+    assert longer.prompt_len == 20 and longer.logits is None
+    torch.testing.assert_close(view.queries, expected.queries)
+    torch.testing.assert_close(view.arena[:, :, view.slots], expected.arena)
+    config = KVCompressionConfig(method="lava", window_size=WINDOW)
+    kept = [keep(METHODS["lava"](config), prompt, 12) for prompt in (view, expected)]
+    assert torch.equal(kept[0].tape_tokens, kept[1].tape_tokens)
+    with pytest.raises(ValueError, match="count=8: accepts 1 to 7"):
+        short.without_last(8)
+
+
 def test_other_kinds_of_attention_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "lava_sglang.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "dropout")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCABULARY = 128
+VOCABULARY = 256
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that the commands here share, and the model and methods that they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import commit, cpu_model
+from results import Results
+from transformers import AutoTokenizer
+from transformers.utils import logging
+from variants import Variant, parse_budgets, parse_variants
+
+from lava_sglang.inspection.prefill import load_model
+from lava_sglang.policy import METHODS
+
+BUDGETS = "64,128,256,512,0.25"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and text")
+    group.add_argument("--model-path", required=True, help="Hugging Face folder or hub name")
+    group.add_argument("--dtype", default="float32", help="of the model and its KV")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.add_argument(
+        "--data",
+        help="folder of .txt books and LongBench .jsonl files, or 'hub' for PG-19 and LongBench "
+        "from Hugging Face (needs the datasets package); default: Python's own reference",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the choice of texts")
+
+
+def add_method_arguments(
+    parser: argparse.ArgumentParser, methods: Sequence[str] = tuple(METHODS), budgets: str = BUDGETS
+) -> None:
+    """methods, budgets: the defaults."""
+    group = parser.add_argument_group("methods")
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(methods),
+        metavar="METHOD",
+        help="names, with settings of their own after a colon: lava:pool_width=15,window_size=64",
+    )
+    group.add_argument(
+        "--config", type=json.loads, default={}, help="settings of all methods, a JSON object"
+    )
+    group.add_argument(
+        "--methods-from", type=Path, help="Python file with METHODS, name -> class, of more methods"
+    )
+    group.add_argument(
+        "--budgets",
+        type=_argument(parse_budgets),
+        default=budgets,
+        help=f"tokens, or fractions of the prompt, window included (default {budgets})",
+    )
+    group.add_argument(
+        "--batch-tokens", type=int, default=512, help="new tokens in a forward pass, all rows"
+    )
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+    group = parser.add_argument_group("results")
+    group.add_argument("--results", type=Path, help="JSON lines, one per measurement")
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with what --results holds (default)",
+    )
+    group.add_argument("--json", type=Path, help="write the summary to this file too")
+    if plot:
+        group.add_argument("--plot", type=Path, help="draw the summary to this file (.png, .svg)")
+
+
+def load_model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The model of `--model-path`, for `lava_sglang.inspection`, and its tokenizer."""
+    logging.disable_progress_bar()
+    dtype = getattr(torch, arguments.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype={arguments.dtype}: accepts float32, bfloat16 or float16")
+    model = load_model(arguments.model_path, dtype, arguments.device)
+    return model, load_tokenizer(arguments)
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
+    return AutoTokenizer.from_pretrained(arguments.model_path)
+
+
+def variants_of(arguments: argparse.Namespace) -> list[Variant]:
+    return parse_variants(arguments.methods, arguments.config, arguments.methods_from)
+
+
+def open_results(
+    arguments: argparse.Namespace, key_fields: tuple[str, ...], command: str, *fields: str
+) -> Results:
+    """`--results`, for these settings: model, dtype, seed, `--config` and the named options."""
+    names = ("model_path", "dtype", "seed", "config", *fields)
+    settings = {"command": command} | {name: getattr(arguments, name) for name in names}
+    return Results(arguments.results, key_fields, settings, arguments.resume)
+
+
+def write_summary(arguments: argparse.Namespace, summary: Any) -> None:
+    """To `--json`, if given, with the machine and commit that it belongs to."""
+    if arguments.json is not None:
+        made = {"machine": cpu_model(), "device": arguments.device, "commit": commit()}
+        arguments.json.write_text(json.dumps({**made, "summary": summary}, indent=2) + "\n")
+
+
+def integers(text: str) -> list[int]:
+    """Whole numbers of a comma-separated list, from 1 up."""
+    values = [int(item) for item in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(f"{text!r}: accepts whole numbers from 1 up")
+    return values
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` for argparse, which shows only this error's message."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which methods a run compares: registered names with settings of their own, or a file's."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from continuation import Columns, kept_columns
+
+from lava_sglang import policy
+from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
+from lava_sglang.inspection.prefill import Prefill
+from lava_sglang.policy import METHODS, Method
+
+
+class Variant(NamedTuple):
+    """A method with its settings; `label` is how it was asked for."""
+
+    label: str
+    method: Method
+
+    def kept_tokens(self, budget: float, suffix_len: int) -> int:
+        """b, as a server with pages of one token computes it; the suffix's length if it is less."""
+        settings = self.method.config.model_dump() | {"budget": budget}
+        config = KVCompressionConfig.parse(settings, "{} of a variant".format)
+        return next(iter(config.rungs(suffix_len, 1)), suffix_len)
+
+
+def parse_variants(
+    specs: Iterable[str],
+    settings: Mapping[str, Any] | None = None,
+    methods_from: Path | None = None,
+) -> list[Variant]:
+    """Variants of specs such as `lava` and `lava:pool_width=15,window_size=64`.
+
+    settings: fields of KVCompressionConfig for all of them; a spec's own come on top.
+    methods_from: a Python file with METHODS, name -> Method class, of more names.
+    Raises ValueError or KVCompressionError naming the value and what is accepted.
+    """
+    methods = dict(METHODS)
+    if methods_from is not None:
+        methods |= cast(dict[str, type[Method]], runpy.run_path(str(methods_from))["METHODS"])
+    return [_parse(spec, settings or {}, methods) for spec in specs]
+
+
+class Wanted:
+    """What is to be measured of one prompt: variants at budgets, each kept size of each once."""
+
+    def __init__(self, pairs: Iterable[tuple[Variant, float]], suffix_len: int):
+        self._budgets: dict[tuple[str, int], list[float]] = {}
+        self._sizes: dict[str, tuple[Variant, list[int]]] = {}
+        for variant, budget in pairs:
+            size = variant.kept_tokens(budget, suffix_len)
+            self._budgets.setdefault((variant.label, size), []).append(budget)
+            sizes = self._sizes.setdefault(variant.label, (variant, []))[1]
+            if size not in sizes:
+                sizes.append(size)
+
+    def choices(self, prefill: Prefill) -> dict[tuple[str, int], Columns | None]:
+        """(label, kept tokens) -> the entries; each variant scores the prompt once."""
+        return {
+            (label, size): columns
+            for label, (variant, sizes) in self._sizes.items()
+            for size, columns in zip(sizes, choose(variant, prefill, sizes), strict=True)
+        }
+
+    def budgets(self, label: str, size: int) -> list[float]:
+        """The budgets that come to this kept size."""
+        return self._budgets[label, size]
+
+
+def choose(
+    variant: Variant, prefill: Prefill, budgets: Sequence[int], shared_prefix_len: int = 0
+) -> list[Columns | None]:
+    """What the variant keeps of a prompt at each budget b; None where b covers the suffix.
+
+    The calls that the server makes: `rank` and `choose` of `lava_sglang.policy` on a PromptView.
+    """
+    suffix_len = prefill.prompt_len - shared_prefix_len
+    if all(budget >= suffix_len for budget in budgets):
+        return [None] * len(budgets)
+    prompt = prefill.view(variant.method.config.window_size, shared_prefix_len)
+    ranking = policy.rank(variant.method, prompt)
+    return [
+        None
+        if budget >= suffix_len
+        else kept_columns(policy.choose(variant.method, ranking, prompt, budget), shared_prefix_len)
+        for budget in budgets
+    ]
+
+
+def _parse(spec: str, settings: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> Variant:
+    name, _, options = spec.partition(":")
+    if name not in methods:
+        raise ValueError(f"method {name!r}: accepts {', '.join(methods)}")
+    own = dict(_option(option) for option in options.split(",") if option)
+    # A method of a file is unknown to the settings, which only need to name one.
+    registered = name if name in METHODS else RAGGED_METHODS[0]
+    config = KVCompressionConfig.parse(
+        {**settings, **own, "method": registered}, f"{name}: {{}}".format
+    )
+    return Variant(spec, methods[name](config))
+
+
+def _option(text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}: accepts FIELD=VALUE, as in lava:pool_width=15")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
+
+
+def parse_budgets(text: str) -> list[float]:
+    """Budgets of a comma-separated list: tokens above 1, else a fraction of the suffix."""
+    budgets = []
+    for item in text.split(","):
+        try:
+            value = float(item)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf or (value > 1 and value != int(value)):
+            raise ValueError(
+                f"budget {item!r}: accepts a fraction in (0, 1] or a whole number of tokens"
+            )
+        budgets.append(value if value <= 1 else int(value))
+    return budgets

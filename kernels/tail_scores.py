@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a compressed request's entries again, by the queries of its last decode steps.
+
+Plain torch on any device, one layer at a time: it runs once in hundreds of decode steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lava_sglang.kernels.reference import importance_ref, window_attention_ref
+from lava_sglang.kernels.trim import tape_rows
+
+
+def tail_scores(
+    queries: torch.Tensor,
+    arena: torch.Tensor,
+    prefix_slots: torch.Tensor,
+    tape_slots: torch.Tensor,
+    offsets: torch.Tensor,
+    tail_slots: torch.Tensor,
+    scaling: torch.Tensor,
+    width: int,
+    *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """Importance of the entries on the tape and of those in the tail.
+
+    queries: [num_layers, window, num_qo_heads, head_dim], after RoPE, of the last tail tokens.
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim].
+    prefix_slots, tape_slots, tail_slots: int64, row[:P], row[P : P + b] and the rest of the row.
+    offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
+    scaling: float32 [num_layers]. width: at least the longest piece of a head.
+    query_weights, root_mean_square, options: as of `window_scores.window_scores`.
+    Returns float32 [num_layers, num_kv_heads, width + tail]: a head's piece up to `width` and its
+    tail from there, neighbours as in the row; -inf where a head has no entry, inf in the window.
+    Reads nothing back to the host.
+    """
+    num_layers, window = queries.shape[:2]
+    _, _, _, num_kv_heads, head_dim = arena.shape
+    prefix_len, tail_len = len(prefix_slots), len(tail_slots)
+    rows = arena.view(-1, head_dim)
+    v_plane = arena.shape[2] * num_kv_heads
+    starts, ends = (o.long().view(num_layers, num_kv_heads) for o in (offsets[:-1], offsets[1:]))
+    before_tail = torch.arange(width, device=arena.device)[:, None] - width
+    scores = []
+    for layer in range(num_layers):
+        # [width, num_kv_heads], and K rows of the same shape
+        piece = ends[layer] + before_tail
+        k_rows = tape_rows(arena, tape_slots, piece.clamp(min=0), len(tape_slots))
+        keys, values = (
+            torch.cat([own[prefix_slots], rows[piece_rows], own[tail_slots]])
+            for own, piece_rows in zip(arena[layer], (k_rows, k_rows + v_plane), strict=True)
+        )
+        absent = torch.zeros(len(keys), num_kv_heads, dtype=torch.bool, device=arena.device)
+        absent[prefix_len : prefix_len + width] = piece < starts[layer]
+        attention = window_attention_ref(
+            queries[layer],
+            keys,
+            scaling[layer],
+            query_weights=query_weights,
+            root_mean_square=root_mean_square,
+            absent=absent.T,
+        )
+        scored = slice(prefix_len, len(keys) - window)
+        present = values[scored].masked_fill(absent[scored][..., None], 0)
+        score = importance_ref(attention[:, scored], present, **options)
+        score = score.masked_fill(absent[scored].T, float("-inf"))
+        scores.append(torch.nn.functional.pad(score, (0, window), value=float("inf")))
+    assert tail_len >= window, (tail_len, window)
+    return torch.stack(scores)
