@@ -13,10 +13,9 @@ from lava_sglang.server_process import Server
 from tests.e2e.client import Response, assert_no_leak, generate, generate_all, info, replica_stats
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
-from tests.oracle import (
-    Oracle,
+from tests.oracle import Oracle, assert_same_tokens
+from tests.oracle_keep import (
     adakv_keep,
-    assert_same_tokens,
     lava_keep,
     per_rank_keep,
     pyramidkv_keep,

@@ -20,18 +20,19 @@ from variants import choose, parse_variants
 
 from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.kernels.select import Selection
-from tests import oracle
+from tests import oracle, oracle_keep
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, random_tokens, write_tiny_llama
 
 PROMPT = random_tokens(70, 1)
 TOKENS = random_tokens(12, 2)
 WINDOW = 8
 KEEP = {
-    "lava": oracle.lava_keep,
-    "snapkv": oracle.snapkv_keep,
-    "adakv": oracle.adakv_keep,
-    "pyramidkv": oracle.pyramidkv_keep,
-    "streamingllm": oracle.streamingllm_keep,
+    "lava": oracle_keep.lava_keep,
+    "lava_span": oracle_keep.lava_span_keep,
+    "snapkv": oracle_keep.snapkv_keep,
+    "adakv": oracle_keep.adakv_keep,
+    "pyramidkv": oracle_keep.pyramidkv_keep,
+    "streamingllm": oracle_keep.streamingllm_keep,
 }
 
 

@@ -10,17 +10,18 @@ import torch
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.policy import METHODS, keep
-from tests import oracle
+from tests import oracle, oracle_keep
 from tests.unit.tiny_llama import random_tokens, write_tiny_llama
 
 PROMPT = random_tokens(90, 1)
 WINDOW = 8
 KEEP = {
-    "lava": oracle.lava_keep,
-    "snapkv": oracle.snapkv_keep,
-    "adakv": oracle.adakv_keep,
-    "pyramidkv": oracle.pyramidkv_keep,
-    "streamingllm": oracle.streamingllm_keep,
+    "lava": oracle_keep.lava_keep,
+    "lava_span": oracle_keep.lava_span_keep,
+    "snapkv": oracle_keep.snapkv_keep,
+    "adakv": oracle_keep.adakv_keep,
+    "pyramidkv": oracle_keep.pyramidkv_keep,
+    "streamingllm": oracle_keep.streamingllm_keep,
 }
 
 

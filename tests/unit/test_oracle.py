@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,11 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import oracle as oracle_module
-from tests.oracle import (
-    Oracle,
-    Prefill,
-    Step,
-    assert_same_tokens,
+from tests import oracle_keep as oracle_keep_module
+from tests.oracle import Oracle, Prefill, Step, assert_same_tokens
+from tests.oracle_keep import (
     lava_keep,
     per_rank_keep,
     snapkv_keep,
@@ -149,8 +148,9 @@ def tokens_of(steps: list[Step]) -> list[int]:
     return [step.token for step in steps]
 
 
-def test_imports_nothing_from_the_plugin() -> None:
-    tree = ast.parse(Path(oracle_module.__file__).read_text())
+@pytest.mark.parametrize("module", [oracle_module, oracle_keep_module])
+def test_imports_nothing_from_the_plugin(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
