@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sends prompts of token ids to a server's /generate route."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,16 +35,38 @@ def generate_all(
     max_new_tokens: int,
     compressions: Sequence[dict[str, Any] | None] | None = None,
     parallel: int = 4,
+    **fields: Any,
 ) -> list[Response]:
     """One response per prompt, in order; `parallel` are in flight at a time."""
     chosen = compressions or [None] * len(prompts)
     with ThreadPoolExecutor(parallel) as pool:
         return list(
             pool.map(
-                lambda pair: generate(url, pair[0], max_new_tokens, pair[1]),
+                lambda pair: generate(url, pair[0], max_new_tokens, pair[1], **fields),
                 zip(prompts, chosen, strict=True),
             )
         )
+
+
+def stream_events(
+    url: str,
+    prompt: list[int],
+    settings: dict[str, Any],
+    max_new_tokens: int,
+    **fields: Any,
+) -> Iterator[Response]:
+    """The messages of a greedy answer of `max_new_tokens` while it is streamed."""
+    sampling = {
+        "temperature": 0,
+        "max_new_tokens": max_new_tokens,
+        "ignore_eos": True,
+        "custom_params": {"kv_compression": settings},
+    }
+    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True, **fields}
+    with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
 
 
 def info(response: Response) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 A small pool, forced retractions, SGLang's checks of every slot's owner after every step.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +15,15 @@ import httpx
 import pytest
 
 from lava_sglang.server_process import Server
-from tests.e2e.client import assert_no_leak, generate, generate_all, info, metric, stats
+from tests.e2e.client import (
+    assert_no_leak,
+    generate,
+    generate_all,
+    info,
+    metric,
+    stats,
+    stream_events,
+)
 from tests.e2e.conftest import StartServer
 from tests.e2e.prompts import cut
 
@@ -74,7 +81,7 @@ def logprobs(url: str, prompt: list[int], settings: dict[str, Any], rng: random.
 
 
 def stream(url: str, prompt: list[int], settings: dict[str, Any], rng: random.Random) -> str:
-    chunks = list(_events(url, prompt, settings, 12))
+    chunks = list(stream_events(url, prompt, settings, 12))
     assert chunks[-1]["meta_info"]["completion_tokens"] == 12
     assert "status" in chunks[-1]["meta_info"]["kv_compression"]
     return "streamed"
@@ -82,14 +89,14 @@ def stream(url: str, prompt: list[int], settings: dict[str, Any], rng: random.Ra
 
 def disconnect(url: str, prompt: list[int], settings: dict[str, Any], rng: random.Random) -> str:
     """Leaves in prefill or in decode: SGLang aborts the request."""
-    for _ in islice(_events(url, prompt, settings, 200), rng.choice([1, 2, 8])):
+    for _ in islice(stream_events(url, prompt, settings, 200), rng.choice([1, 2, 8])):
         pass
     return "disconnected"
 
 
 def abort_by_id(url: str, prompt: list[int], settings: dict[str, Any], rng: random.Random) -> str:
     rid = f"abort-{rng.random()}"
-    events = _events(url, prompt, settings, 200, rid=rid)
+    events = stream_events(url, prompt, settings, 200, rid=rid)
     next(events)
     httpx.post(f"{url}/abort_request", json={"rid": rid}, timeout=60)
     last = list(events)[-1]
@@ -106,22 +113,6 @@ def refused(url: str, prompt: list[int], settings: dict[str, Any], rng: random.R
 def flush(url: str, prompt: list[int], settings: dict[str, Any], rng: random.Random) -> str:
     httpx.post(f"{url}/flush_cache", timeout=60)  # refused while requests run
     return "flushed"
-
-
-def _events(
-    url: str, prompt: list[int], settings: dict[str, Any], count: int, **fields: Any
-) -> Iterator[dict[str, Any]]:
-    sampling = {
-        "temperature": 0,
-        "max_new_tokens": count,
-        "ignore_eos": True,
-        "custom_params": {"kv_compression": settings},
-    }
-    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True, **fields}
-    with httpx.stream("POST", f"{url}/generate", json=body, timeout=600) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                yield json.loads(line.removeprefix("data: "))
 
 
 KINDS: list[Send] = [plain] * 6 + [disconnect] * 2 + [stream, abort_by_id, grammar, logprobs]
