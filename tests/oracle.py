@@ -49,7 +49,9 @@ class Step:
     gap: float  # best logit minus the logit of `fed`; 0 when they agree
 
 
-class _Pass(Protocol):
+class Pass(Protocol):
+    """What attends, and records, in each layer of a forward pass."""
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention output [q, Q, D] of query [Q, q, D] over key and value [H, q, D]."""
 
@@ -127,7 +129,7 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    oracle_pass: _Pass,
+    oracle_pass: Pass,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Adapts transformers' attention call (batch of one) to the pass in progress."""
@@ -168,7 +170,7 @@ class Oracle:
             raise ValueError(f"window_start is {window_start}, must be in [0, {latest}]")
 
         record = _PrefillPass(slice(start, start + window_size))
-        logits = self._forward(list(input_ids), 0, record)
+        logits = self.forward(list(input_ids), 0, record)[-1]
         values = torch.stack(record.values)
         return Prefill(
             input_ids=list(input_ids),
@@ -211,27 +213,31 @@ class Oracle:
         logits = prefill.logits
         steps: list[Step] = []
         for index in range(max_new_tokens):
-            steps.append(_step(logits, forced[index] if index < len(forced) else None))
+            steps.append(step_of(logits, forced[index] if index < len(forced) else None))
             fed = steps[-1].fed
             if fed in eos_ids or index + 1 == max_new_tokens:
                 break
-            logits = self._forward([fed], len(prefill.input_ids) + index, decode)
+            logits = self.forward([fed], len(prefill.input_ids) + index, decode)[-1]
         return steps
 
-    def _forward(self, tokens: list[int], position: int, oracle_pass: _Pass) -> Tensor:
-        """Logits [vocabulary] of the last of `tokens`, the first of which sits at `position`."""
+    @torch.no_grad()
+    def forward(
+        self, tokens: Sequence[int], position: int, oracle_pass: Pass, num_logits: int = 1
+    ) -> Tensor:
+        """Logits [num_logits, vocabulary] of the last of `tokens`, whose first is at `position`."""
         output = self.model(
-            input_ids=torch.tensor([tokens]),
+            input_ids=torch.tensor([list(tokens)]),
             position_ids=torch.arange(position, position + len(tokens))[None],
             use_cache=False,
-            logits_to_keep=1,
+            logits_to_keep=num_logits,
             oracle_pass=oracle_pass,
         )
-        logits: Tensor = output.logits[0, -1]
+        logits: Tensor = output.logits[0]
         return logits
 
 
-def _step(logits: Tensor, forced: int | None) -> Step:
+def step_of(logits: Tensor, forced: int | None) -> Step:
+    """logits: [vocabulary]. forced: the token said in place of the argmax, if any."""
     best, second = logits.topk(2).values.tolist()
     token = int(logits.argmax())
     fed = token if forced is None else forced

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import oracle as oracle_module
 from tests import oracle_keep as oracle_keep_module
+from tests import oracle_tails as oracle_tails_module
 from tests.oracle import Oracle, Prefill, Step, assert_same_tokens
 from tests.oracle_keep import (
     lava_keep,
@@ -23,6 +24,7 @@ from tests.oracle_keep import (
     snapkv_keep,
     streamingllm_keep,
 )
+from tests.oracle_tails import Rule, long_answer
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 2, 4, 2, 16, 64, 128
 GROUP = QUERY_HEADS // KV_HEADS
@@ -148,7 +150,7 @@ def tokens_of(steps: list[Step]) -> list[int]:
     return [step.token for step in steps]
 
 
-@pytest.mark.parametrize("module", [oracle_module, oracle_keep_module])
+@pytest.mark.parametrize("module", [oracle_module, oracle_keep_module, oracle_tails_module])
 def test_imports_nothing_from_the_plugin(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text())
     roots = set()
@@ -290,6 +292,39 @@ def test_stops_at_end_of_sequence(oracle: Oracle, prefill: Prefill) -> None:
     stop = tokens[9]
     stopped = oracle.greedy(prefill, None, NEW_TOKENS, eos_ids=[stop])
     assert stopped == free[: tokens.index(stop) + 1]
+
+
+def test_a_long_answer_without_a_rule_is_greedy(
+    oracle: Oracle, prefill: Prefill, ragged_keep: Tensor
+) -> None:
+    free = oracle.greedy(prefill, ragged_keep, NEW_TOKENS)
+    answer = long_answer(oracle, prefill, ragged_keep, None, tokens_of(free))
+    assert len(answer.logprobs) == NEW_TOKENS and (answer.logprobs < 0).all()
+    for step, greedy in zip(answer.steps, free, strict=True):
+        assert replace(step, margin=greedy.margin) == greedy
+        assert step.margin == pytest.approx(greedy.margin, abs=1e-4)
+    assert long_answer(oracle, prefill, ragged_keep, None, tokens_of(free)[:1]).steps == free[:1]
+
+
+@pytest.mark.parametrize("method", ["lava", "snapkv"])
+def test_a_long_answer_keeps_as_many_as_before(
+    oracle: Oracle, prefill: Prefill, ragged_keep: Tensor, method: Literal["lava", "snapkv"]
+) -> None:
+    keep = ragged_keep.clone()
+    keep[:, :, :5] = True
+    rule = Rule(method, prefix_len=5, window_size=4, interval=9)
+    said = list(range(NEW_TOKENS))
+    steps, logprobs, keeps = long_answer(oracle, prefill, keep, rule, said)
+    assert [step.fed for step in steps] == said and len(logprobs) == NEW_TOKENS
+    assert [k.shape[2] - PROMPT_LEN for k in keeps] == [0, 10, 20]
+    for before, after in itertools.pairwise(keeps):
+        assert after[:, :, :5].all() and after[:, :, -4:].all()
+        assert not (after[:, :, : before.shape[2]] & ~before).any(), "what is dropped is gone"
+        assert torch.equal(after.sum(dim=(1, 2)), before.sum(dim=(1, 2)))
+        assert torch.equal(after.sum(dim=2), before.sum(dim=2)) == (method == "snapkv")
+    unchosen = long_answer(oracle, prefill, keep, None, said)
+    changed = (unchosen.logprobs - logprobs).abs() > 1e-4
+    assert changed.nonzero().min() == 11, "the token after the first step on the new choice"
 
 
 def test_ranks_keep_their_share_each_from_their_own_heads(prefill: Prefill) -> None:
