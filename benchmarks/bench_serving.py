@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress = Console(stderr=True)
 
     def say(line: str) -> None:
-        progress.print(line, highlight=False, markup=False)
+        progress.print(line, highlight=False, markup=False, soft_wrap=True)
 
     try:
         report = run(arguments, say)

@@ -82,6 +82,7 @@ def _swept(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             f"prompt {point.prompt_tokens}, rate {point.rate}, budget {point.budget}: "
             f"{point.wall_seconds:.1f} s, {speed:,.0f} requests simulated a second",
             highlight=False,
+            soft_wrap=True,
         )
     console.print(sweep_table(title, points))
     console.print(f"Simulated in {time.perf_counter() - begin:.0f} s.", highlight=False)

@@ -51,7 +51,10 @@ def test_compressed_text_is_the_oracles(
 ) -> None:
     """Invariant 5. The first meets a cold tree and prefills in chunks; for the others the exact
     prompt is in the tree and only the observation window is prefilled, with the same outcome."""
-    cold = (method, budget) == COMBINATIONS[0]
+    number = COMBINATIONS.index((method, budget))
+    cold = number == 0
+    if not cold:  # every other prompt, and the others with the next combination
+        prompts, prefills = prompts[number % 2 :: 2], prefills[number % 2 :: 2]
     settings: list[Any] = [{"budget": budget, "method": method}] * len(prompts)
     responses = generate_all(server.url, prompts, STEPS, settings)
     compressed = 0
@@ -71,7 +74,7 @@ def test_compressed_text_is_the_oracles(
         for step, gap in assert_same_tokens(steps, response["output_ids"]):
             print(f"{len(prompt)} tokens: step {step} differs, logit gap {gap:.2e}")
         compressed += 1
-    assert compressed == 20
+    assert compressed == (20 if cold else 10)
 
 
 def test_off_for_a_request_is_stock(
