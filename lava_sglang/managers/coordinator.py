@@ -76,7 +76,8 @@ class KVCompressionCoordinator:
                     f"--kv-compression-config decode_interval={self.config.decode_interval}: the "
                     f"last {self.config.window_size} queries of {num_rows} requests take "
                     f"{size / 2**30:.1f} GiB, accepts up to {DECODE_QUERY_BYTES / 2**30:.0f}: "
-                    "lower --max-running-requests or window_size"
+                    f"--max-running-requests {DECODE_QUERY_BYTES * (num_rows - 1) // size} or a "
+                    "smaller window_size"
                 ]
             )
         return DecodeQueries(*shape, dtype, runner.token_to_kv_pool.device)

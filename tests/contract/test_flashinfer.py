@@ -129,7 +129,9 @@ def test_on_an_amd_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", UNIFORM_METHODS)
 def test_a_uniform_method_does_not_use_it(method: str) -> None:
     (reason,) = reasons(method=method)
-    assert reason.startswith(f"{OPTION}: of use to lava, adakv, pyramidkv only; {method} decodes")
+    assert reason.startswith(
+        f"{OPTION}: of use to lava, lava_span, adakv, pyramidkv only; {method} decodes"
+    )
 
 
 @pytest.fixture
