@@ -118,11 +118,12 @@ class KVCompressionCoordinator:
     def end_extend(self, batch: ScheduleBatch) -> bool:
         """After the launch: compress what finished its prefill. Mutates the batch's lengths.
 
-        Returns whether any request was compressed, and slots were freed.
+        Returns whether admission is worth asking again: slots were freed, or can be from now on.
         """
         assert self.compressor is not None
         self.capture.segments.clear()
         changed = []
+        can_shrink = False
         for i, req in enumerate(batch.reqs):
             if req.extend_end < len(req.full_untruncated_fill_ids):
                 continue  # a middle chunk
@@ -132,6 +133,7 @@ class KVCompressionCoordinator:
                 req.window = None
             elif self._stays_exact(batch, req, req.plan):
                 req.skip_reason = SkipReason.NO_PRESSURE
+                can_shrink = True
             else:
                 if self.compressor.compress(req, self._affordable(batch, req.plan)):
                     changed.append(i)
@@ -139,7 +141,7 @@ class KVCompressionCoordinator:
             self.stats.count(req)
         if changed:
             _set_lengths(batch, changed)
-        return bool(changed)
+        return bool(changed) or can_shrink
 
     def make_room(self, batch: ScheduleBatch, enough: Callable[[], bool]) -> bool:
         """Shrink the batch's decoding requests by a rung each, largest first, until `enough()`.

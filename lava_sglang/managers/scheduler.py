@@ -59,8 +59,8 @@ class LavaScheduler(Scheduler):
         self.kv_compression.begin_extend(batch)
         result = super().run_batch(batch, *args, **kwargs)
         if self.kv_compression.end_extend(batch):
-            # Admission gave up while the exact prompts were in the way, and SGLang asks again
-            # only when a request leaves.
+            # Admission gave up while the exact prompts were in the way or could not shrink yet,
+            # and SGLang asks again only when a request leaves.
             self.running_batch.batch_is_full = False
             batch.batch_is_full = False
         return result

@@ -144,6 +144,18 @@ def test_a_pressure_request_is_exact_until_slots_are_short(page_size: int) -> No
     engine.check()
 
 
+def test_a_request_that_stays_exact_is_worth_asking_admission_again(page_size: int) -> None:
+    """It can shrink from now on, and could not while it was prefilled."""
+    engine = build_engine(page_size, config=ladder(budget=0.25, trigger="pressure"))
+    req = engine.request(range(1, 131), engine.coordinator.config)
+    assert engine.admit(req)
+    batch = engine.extend((req, 60), process=False)
+    assert engine.coordinator.end_extend(batch) is False, "a middle chunk"
+    engine.process(req)
+    batch = engine.extend((req, None), process=False)
+    assert engine.coordinator.end_extend(batch) is True and not req.compressed
+
+
 def test_a_ladder_whose_first_rung_is_everything_starts_exact(page_size: int) -> None:
     engine = build_engine(page_size, config=ladder(budget=(1, 0.5, 0.25)))
     (req,) = serve(engine, 130, steps=2)
