@@ -22,6 +22,11 @@ def check_arena(arena: torch.Tensor) -> tuple[int, int, int, int]:
     return num_layers, slots, num_kv_heads, head_dim
 
 
+def as_bits(arena: torch.Tensor) -> torch.Tensor:
+    """The arena as integers of its entries' size, for kernels that only move them."""
+    return arena.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[arena.dtype.itemsize])
+
+
 def typed_arena(arena: torch.Tensor, kv_dtype: torch.dtype | None) -> torch.Tensor:
     """The arena in the dtype of its entries: SGLang stores fp8 entries as uint8."""
     if arena.dtype == torch.uint8:

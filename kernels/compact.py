@@ -7,12 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from lava_sglang.kernels.arena import check_arena, entry_offset
+from lava_sglang.kernels.arena import as_bits, check_arena, entry_offset
 from lava_sglang.kernels.reference import compact_ref
 
 BLOCK_E = 32  # tape places per program: 16 KB read and written at head_dim 128 in bf16
-
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def compact(
@@ -53,7 +51,7 @@ def compact_triton(
     assert offsets.dtype == torch.int32 and tape_tokens.dtype in (torch.int32, torch.int64)
     assert all(t.is_contiguous() for t in (src_slots, dst_slots, tape_tokens, offsets))
     _copy[(triton.cdiv(len(tape_tokens), BLOCK_E),)](
-        arena.view(_SAME_SIZE[arena.dtype.itemsize]),
+        as_bits(arena),
         src_slots,
         dst_slots,
         tape_tokens,

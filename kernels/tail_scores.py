@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lava_sglang.kernels.reference import importance_ref, window_attention_ref
-from lava_sglang.kernels.trim import tape_rows
+from lava_sglang.kernels.trim import own_rows, tape_rows
 
 
 def tail_scores(
@@ -73,3 +73,23 @@ def tail_scores(
         scores.append(torch.nn.functional.pad(score, (0, window), value=float("inf")))
     assert tail_len >= window, (tail_len, window)
     return torch.stack(scores)
+
+
+def tail_rows(
+    arena: torch.Tensor,
+    tape_slots: torch.Tensor,
+    offsets: torch.Tensor,
+    tail_slots: torch.Tensor,
+    width: int,
+    columns: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """K rows of entries that `tail_scores` scored, int64 [n], as `trim.tape_rows` counts them.
+
+    arena to width: as of `tail_scores`. columns: int64 [n], layer * num_kv_heads + head.
+    places: int64 [n], of an entry's score among its head's. Reads nothing back to the host.
+    """
+    piece = (offsets[columns + 1] + places - width).clamp(max=len(columns) - 1)
+    in_tail = own_rows(arena, tail_slots[(places - width).clamp(min=0)], columns)
+    on_tape = tape_rows(arena, tape_slots, piece, len(tape_slots))
+    return torch.where(places < width, on_tape, in_tail)

@@ -13,15 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from lava_sglang.kernels.arena import check_arena
+from lava_sglang.kernels.arena import as_bits, check_arena
 
 SCORE_DTYPE = torch.bfloat16
 """Of the scores that are kept beside a tape, and chosen by when it is trimmed."""
 
 STAGING_BYTES = 32 * 2**20
 BLOCK_E = 32  # entries per program: 16 KB at head_dim 128 in bf16
-
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def trim(
@@ -44,7 +42,7 @@ def trim(
     budget, total = len(slots), num_layers * num_kv_heads * new_budget
     assert places.shape == (total,) and new_budget <= budget, (places.shape, total, budget)
     assert slots.dtype == places.dtype == torch.int64, (slots.dtype, places.dtype)
-    bits = arena.view(_SAME_SIZE[arena.dtype.itemsize])
+    bits = as_bits(arena)
     step = max(1, staging_bytes // (2 * head_dim * arena.dtype.itemsize))
     if total <= step:
         order = torch.arange(total, device=arena.device)
@@ -75,7 +73,7 @@ def refill(
     source: int64 [num_layers * num_kv_heads * budget], K rows as `tape_rows` counts them, in tape
     order. slots: int64 [budget], none of which the sources are in.
     """
-    bits = arena.view(_SAME_SIZE[arena.dtype.itemsize])
+    bits = as_bits(arena)
     step = max(1, staging_bytes // (2 * arena.shape[-1] * arena.dtype.itemsize))
     for start in range(0, len(source), step):
         order = torch.arange(start, min(start + step, len(source)), device=arena.device)

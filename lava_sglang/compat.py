@@ -214,9 +214,11 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
 
 def model_reasons(model: Any) -> list[str]:
     """Attention layers whose scores we would get wrong."""
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+    from sglang.srt.layers.radix_attention import AttentionType
 
-    layers = [m for m in model.modules() if isinstance(m, RadixAttention)]
+    from lava_sglang.attention.layers import attention_layers
+
+    layers = attention_layers(model)
     reasons = []
     if any((layer.sliding_window_size or -1) > -1 for layer in layers):
         reasons.append("models with sliding-window attention are not supported")
@@ -228,7 +230,7 @@ def model_reasons(model: Any) -> list[str]:
         reasons.append("models that cap attention logits are not supported")
     if any(layer.qk_head_dim != layer.v_head_dim for layer in layers):
         reasons.append("models whose keys and values differ in size are not supported")
-    if sorted(layer.layer_id for layer in layers) != list(range(len(layers))):
+    if [layer.layer_id for layer in layers] != list(range(len(layers))):
         reasons.append("models whose attention layers share or skip KV entries are not supported")
     if not layers:
         reasons.append("the model has no attention layer of SGLang's RadixAttention")

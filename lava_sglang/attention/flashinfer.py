@@ -12,8 +12,8 @@ import importlib
 from typing import Any
 
 import torch
-from sglang.srt.layers.radix_attention import RadixAttention
 
+from lava_sglang.attention.layers import attention_layers
 from lava_sglang.attention.ragged import GpuRaggedDecode
 from lava_sglang.compat import refuse
 from lava_sglang.kernels.flashinfer_decode import FlashInferDecode, shape_reasons
@@ -28,8 +28,7 @@ class LavaFlashInferAttnBackend(GpuRaggedDecode):
     def __init__(self, runner: Any):
         super().__init__(runner)
         arena = self.token_to_kv_pool.arena
-        layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-        scales = sorted({layer.scaling for layer in layers})
+        scales = sorted({layer.scaling for layer in attention_layers(runner.model)})
         reasons = shape_reasons(arena, self.num_qo_heads)
         if len(scales) != 1:
             reasons.append(f"attention scales {scales}: FlashInfer decode accepts one for a model")
@@ -66,20 +65,8 @@ class LavaFlashInferAttnBackend(GpuRaggedDecode):
             "start with --disable-decode-cuda-graph"
         )
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
-        self.save(layer, forward_batch, k, v, save_kv_cache)
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        return self.decode.run(queries, layer.layer_id).view(q.shape[0], -1)
+    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        return self.decode.run(queries, layer.layer_id)
 
     def _offsets(self, pieces: list[HostPieces | None]) -> torch.Tensor:
         """int32 [bs, L * H + 1] on the host, zeros where uncompressed."""

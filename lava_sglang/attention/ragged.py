@@ -72,6 +72,25 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         """Every layer reads rows and tables: the scheduler may write them after the replay."""
         return SharedReadEnds.POST_REPLAY
 
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        return self.attend(queries, layer, forward_batch).view(q.shape[0], -1)
+
+    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
+        raise NotImplementedError
+
     def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("prefill runs on the backend of --prefill-attention-backend")
 
@@ -102,27 +121,15 @@ class LavaAttnBackend(GpuRaggedDecode):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """The workspace is already at its fixed address."""
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
-        self.save(layer, forward_batch, k, v, save_kv_cache)
-        out = ragged_decode(
-            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
+    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        return ragged_decode(
+            queries,
             self.token_to_kv_pool.arena,
             layer.layer_id,
             *self.tables(self.req_to_token, forward_batch),
             layer.scaling,
             workspace=self.workspace,
         )
-        return out.view(q.shape[0], -1)
 
 
 class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):

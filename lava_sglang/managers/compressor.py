@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from lava_sglang.attention.layers import attention_layers
 from lava_sglang.attention.window import DecodeQueries
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.compact import compact
-from lava_sglang.kernels.tail_scores import tail_scores
-from lava_sglang.kernels.trim import own_rows, refill, tape_rows, trim
+from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
+from lava_sglang.kernels.trim import refill, trim
 from lava_sglang.managers.request import LavaReq, SkipReason
 from lava_sglang.managers.stream import ForwardStream
 from lava_sglang.mem_cache.row import (
@@ -183,20 +184,8 @@ class Compressor:
             )
             kept = keep_again(method, scores, offsets, window_size, budget)
             owner, index = kept_places(kept)
-            refill(
-                self.kv_pool.arena,
-                torch.where(
-                    index < width,
-                    tape_rows(
-                        self.kv_pool.arena,
-                        tape,
-                        (offsets[owner + 1] + index - width).clamp(max=len(owner) - 1),
-                        budget,
-                    ),
-                    own_rows(self.kv_pool.arena, tail[(index - width).clamp(min=0)], owner),
-                ),
-                slots,
-            )
+            source = tail_rows(self.kv_pool.arena, tape, offsets, tail, width, owner, index)
+            refill(self.kv_pool.arena, source, slots)
             if self.scores is not None:
                 self.scores.write(slots, scores.flatten(0, 1)[owner, index])
             self.tape.commit(row, prefix_len, budget, removed + tail_len, kept.offsets)
@@ -204,11 +193,3 @@ class Compressor:
         replace_slots(req, self.tree_cache, prefix_len, slots)
         req.answer_compressed += tail_len
         return True
-
-
-def attention_layers(model: torch.nn.Module) -> list[Any]:
-    """SGLang's RadixAttention modules of a model, by layer."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    return sorted(layers, key=lambda layer: layer.layer_id)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lava_sglang.attention.layers import attention_layers
 from lava_sglang.attention.window import DecodeQueries, WindowCapture, WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
-from lava_sglang.managers.compressor import Compressor, attention_layers, method_of
+from lava_sglang.managers.compressor import Compressor, method_of
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
 from lava_sglang.mem_cache.scores import ScoreTable

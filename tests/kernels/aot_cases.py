@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lava_sglang.kernels.arena import as_bits
 from lava_sglang.kernels.compact import compact_triton
 from lava_sglang.kernels.flashinfer_decode import exact_slots_triton, tape_pages_triton
 from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
@@ -129,9 +130,8 @@ def _compact(head_dim: int, dtype: torch.dtype) -> Case:
 
 def _move(head_dim: int, dtype: torch.dtype) -> Case:
     def launch() -> None:
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
         rows = torch.zeros(BUDGET, dtype=torch.int64)
-        move_triton(_arena(head_dim, dtype).view(bits), rows, rows)
+        move_triton(as_bits(_arena(head_dim, dtype)), rows, rows)
 
     return Case(f"trim D{head_dim} {_dtype_name(dtype)}", launch)
 
