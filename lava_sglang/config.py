@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -63,6 +64,18 @@ _ACCEPTS = {
 }
 
 
+def _ladder(budget: Any) -> Any:
+    """One number or a list of them as a tuple of floats; anything else as it is."""
+    rungs = budget if isinstance(budget, list | tuple) else [budget]
+    if rungs and all(isinstance(rung, int | float) and rung is not True for rung in rungs):
+        return tuple(float(rung) for rung in rungs)
+    return budget
+
+
+Ladder = Annotated[tuple[float, ...], BeforeValidator(_ladder)]
+"""Budgets, the highest first; one number is a ladder of one."""
+
+
 class KVCompressionError(ValueError):
     """Settings that cannot be served. `reasons` holds one sentence for each bad value."""
 
@@ -84,7 +97,7 @@ class KVCompressionConfig(BaseModel):
     window_size: int = Field(default=32, ge=1, le=1024)
     # Fractions of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
     # More than one is a ladder: the first that the pool affords, lower when slots are short.
-    budget: tuple[float, ...] = (0.25,)
+    budget: Ladder = (0.25,)
     # Width in tokens of the max-pool over the scores of lava, snapkv, adakv and pyramidkv.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
@@ -133,11 +146,6 @@ class KVCompressionConfig(BaseModel):
         if head_floor is not None and info.data.get("uniform_heads", False):
             raise ValueError("uniform_heads=True gives every head of a layer the same")
         return head_floor
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _as_ladder(cls, budget: Any) -> Any:
-        return ladder(budget)
 
     @field_validator("budget")
     @classmethod
@@ -253,20 +261,7 @@ class RequestOverride(BaseModel):
 
     enabled: bool = True
     method: Literal[METHOD_CHOICES[1:]] | None = None  # type: ignore[valid-type]
-    budget: tuple[float, ...] | None = None
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _as_ladder(cls, budget: Any) -> Any:
-        return ladder(budget)
-
-
-def ladder(budget: Any) -> Any:
-    """One number or a list of them as a tuple of floats; anything else as it is."""
-    rungs = budget if isinstance(budget, list | tuple) else [budget]
-    if rungs and all(isinstance(rung, int | float) and rung is not True for rung in rungs):
-        return tuple(float(rung) for rung in rungs)
-    return budget
+    budget: Ladder | None = None
 
 
 def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:

@@ -134,25 +134,28 @@ class LavaPrefillAdder(PrefillAdder):
         total = len(req.full_untruncated_fill_ids)
         if extend_input_len is not None and req.prefix_len + extend_input_len < total:
             return stock
-        return stock + (req.copy_slots() if self._copy_fits_an_empty_pool(req, stock) else 0)
+        return stock + self._copy_slots(req, stock)
 
-    def _copy_fits_an_empty_pool(self, req: LavaReq, reserve: int) -> bool:
+    def _copy_slots(self, req: LavaReq, reserve: int = 0) -> int:
+        """Slots of its copy; 0 if it gets none, or if that would not fit an empty pool."""
+        slots = req.copy_slots()
         max_new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
         prompt = self.ceil_paged_tokens(len(req.full_untruncated_fill_ids))
-        copy = req.copy_slots() + self.per_req_token_overhead + reserve
+        copy = slots + self.per_req_token_overhead + reserve
         size: int = self.token_to_kv_pool_allocator.size
         if req.sampling_params.ignore_eos and self.tree_cache.disable:
             # SGLang plans all of a fixed-length output, and the prompt with it, without a tree.
-            return prompt + max_new + copy + IGNORE_EOS_RESERVE_TOKENS < size
-        return prompt + copy <= size and min(max_new, CLIP_MAX_NEW_TOKENS) + copy < size
+            fits = prompt + max_new + copy + IGNORE_EOS_RESERVE_TOKENS < size
+        else:
+            fits = prompt + copy <= size and min(max_new, CLIP_MAX_NEW_TOKENS) + copy < size
+        return slots if fits else 0
 
     def _set_candidate(self, req: LavaReq) -> None:
         budget = self.memory_budget
         extend_len = len(req.full_untruncated_fill_ids) - req.prefix_len
-        compressed = req.copy_slots() > 0 and self._copy_fits_an_empty_pool(req, 0)
         # Of a half-prefilled request, the chunks that it holds too.
         released = extend_len if req.plan is None else req.plan.suffix_len
-        budget.released = released if compressed else 0
+        budget.released = released if self._copy_slots(req) else 0
         limit = extend_len if self.rem_chunk_tokens is None else self.rem_chunk_tokens
         budget.first_chunk = min(extend_len, limit)
         budget.ahead = self._ahead(req)
@@ -205,8 +208,8 @@ class LavaPrefillAdder(PrefillAdder):
         return int(max(short_now, short_later))
 
     def _pool_is_empty(self) -> bool:
-        free = self.token_to_kv_pool_allocator.available_size() + self.tree_cache.evictable_size()
-        return not self.can_run_list and free == self.token_to_kv_pool_allocator.size
+        size: int = self.token_to_kv_pool_allocator.size
+        return not self.can_run_list and self.coordinator.demand.free_slots() == size
 
     def _why_it_never_fits(self, req: LavaReq) -> str:
         prompt_len = len(req.full_untruncated_fill_ids)
