@@ -258,3 +258,14 @@ def _check_budget(prompt_len: int, prefix_len: int, budget: int, window_size: in
         raise ValueError(f"window_size is {window_size}, must be in [1, {suffix_len}]")
     if not window_size <= budget <= suffix_len:
         raise ValueError(f"budget is {budget}, must be in [{window_size}, {suffix_len}]")
+
+
+KEEP = {
+    "lava": lava_keep,
+    "lava_span": lava_span_keep,
+    "snapkv": snapkv_keep,
+    "adakv": adakv_keep,
+    "pyramidkv": pyramidkv_keep,
+    "streamingllm": streamingllm_keep,
+}
+"""Each scored method's keep masks, by the name of the method."""

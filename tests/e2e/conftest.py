@@ -44,11 +44,13 @@ def model_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(model_dir: Path) -> StartServer:
-    """A context manager that serves the demo model with these options."""
+    """A context manager that serves the demo model, or another, with these options."""
 
     @contextmanager
-    def start(*options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-        arguments = ["--model-path", str(model_dir), "--device", "cpu", "--dtype", "float32"]
+    def start(
+        *options: str, env: dict[str, str] | None = None, model: Path = model_dir
+    ) -> Iterator[Server]:
+        arguments = ["--model-path", str(model), "--device", "cpu", "--dtype", "float32"]
         arguments += ["--sleep-on-idle", "--enable-metrics", *options]
         with Server(arguments, env=STRICT | (env or {})) as server:
             yield server

@@ -21,7 +21,7 @@ from tests.e2e.client import (
 from tests.e2e.conftest import StartServer
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, assert_same_tokens
-from tests.oracle_keep import lava_keep, snapkv_keep
+from tests.oracle_keep import KEEP
 from tests.oracle_tails import LongAnswer, Rule, long_answer
 
 WINDOW, INTERVAL = 16, 48
@@ -31,7 +31,6 @@ CHOSEN_FROM = (ANSWER - 2) // (INTERVAL + 1) * (INTERVAL + 1)
 # Measured on SmolLM2-135M, 16 answers of 130 tokens: 2e-5. By a wrong rule (a pool of 5 tokens, a
 # window or an interval one token off, the other method's scores): 2e-2 or more.
 LOGPROB_ERROR = 2e-3
-KEEP = {"lava": lava_keep, "snapkv": snapkv_keep}
 
 
 class Case(NamedTuple):

@@ -13,18 +13,16 @@ from tests.e2e.client import assert_no_leak, generate, generate_all, info
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, Prefill, assert_same_tokens
-from tests.oracle_keep import (
-    adakv_keep,
-    lava_keep,
-    pyramidkv_keep,
-    snapkv_keep,
-)
+from tests.oracle_keep import KEEP, lava_keep
 
 PAGE = 16
 STEPS = 8  # output tokens of each of the many combinations
-KEEP = {"lava": lava_keep, "adakv": adakv_keep, "pyramidkv": pyramidkv_keep, "snapkv": snapkv_keep}
 COMBINATIONS = [
-    *((method, budget) for method in list(KEEP)[:3] for budget in (64, 0.125, 0.25, 0.5)),
+    *(
+        (method, budget)
+        for method in ("lava", "adakv", "pyramidkv")
+        for budget in (64, 0.125, 0.25, 0.5)
+    ),
     ("snapkv", 0.25),
 ]
 

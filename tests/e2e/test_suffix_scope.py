@@ -17,24 +17,9 @@ from tests.e2e.client import assert_no_leak, generate, generate_all, info, metri
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, Prefill, assert_same_tokens
-from tests.oracle_keep import (
-    adakv_keep,
-    lava_keep,
-    lava_span_keep,
-    pyramidkv_keep,
-    snapkv_keep,
-    streamingllm_keep,
-)
+from tests.oracle_keep import KEEP
 
 BUDGETS = [0.5, 0.25, 0.125, 64]
-KEEP = {
-    "lava": lava_keep,
-    "lava_span": lava_span_keep,
-    "snapkv": snapkv_keep,
-    "adakv": adakv_keep,
-    "pyramidkv": pyramidkv_keep,
-    "streamingllm": streamingllm_keep,
-}
 METHODS = list(KEEP)
 
 

@@ -26,14 +26,6 @@ from tests.unit.tiny_llama import KV_HEADS, LAYERS, random_tokens, write_tiny_ll
 PROMPT = random_tokens(70, 1)
 TOKENS = random_tokens(12, 2)
 WINDOW = 8
-KEEP = {
-    "lava": oracle_keep.lava_keep,
-    "lava_span": oracle_keep.lava_span_keep,
-    "snapkv": oracle_keep.snapkv_keep,
-    "adakv": oracle_keep.adakv_keep,
-    "pyramidkv": oracle_keep.pyramidkv_keep,
-    "streamingllm": oracle_keep.streamingllm_keep,
-}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +122,7 @@ def test_every_head_has_its_own_entries(model: Any, model_dir: Path, exact: Pref
 
 
 @pytest.mark.parametrize("prefix_len", [0, 15])
-@pytest.mark.parametrize("method", KEEP)
+@pytest.mark.parametrize("method", oracle_keep.KEEP)
 def test_what_is_kept_is_what_the_server_keeps(
     model_dir: Path, exact: Prefill, method: str, prefix_len: int
 ) -> None:
@@ -141,7 +133,7 @@ def test_what_is_kept_is_what_the_server_keeps(
     assert nothing_dropped is None
     judged = oracle.Oracle(model_dir).prefill(PROMPT, WINDOW)
     for budget, columns in zip(budgets, chosen, strict=False):
-        keep = KEEP[method](judged, prefix_len, budget, WINDOW).flatten(0, 1)
+        keep = oracle_keep.KEEP[method](judged, prefix_len, budget, WINDOW).flatten(0, 1)
         assert columns is not None
         assert [c.tolist() for c in columns] == [row.nonzero().flatten().tolist() for row in keep]
         assert sum(map(len, columns)) == LAYERS * KV_HEADS * (prefix_len + budget)

@@ -15,14 +15,6 @@ from tests.unit.tiny_llama import random_tokens, write_tiny_llama
 
 PROMPT = random_tokens(90, 1)
 WINDOW = 8
-KEEP = {
-    "lava": oracle_keep.lava_keep,
-    "lava_span": oracle_keep.lava_span_keep,
-    "snapkv": oracle_keep.snapkv_keep,
-    "adakv": oracle_keep.adakv_keep,
-    "pyramidkv": oracle_keep.pyramidkv_keep,
-    "streamingllm": oracle_keep.streamingllm_keep,
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +46,16 @@ def test_equals_the_oracle_in_any_chunks(
 
 
 @pytest.mark.parametrize("prefix_len", [0, 20])
-@pytest.mark.parametrize("method", KEEP)
+@pytest.mark.parametrize("method", oracle_keep.KEEP)
 def test_methods_keep_what_the_oracle_keeps(
     model: Any, expected: oracle.Prefill, method: str, prefix_len: int
 ) -> None:
     config = KVCompressionConfig(method=method, window_size=WINDOW)
     view = prefill(model, PROMPT, WINDOW, 40).view(WINDOW, prefix_len)
     kept = keep(METHODS[method](config), view, 24)
-    mask = KEEP[method](expected, prefix_len, 24, WINDOW)[:, :, prefix_len:].flatten(0, 1)
+    mask = oracle_keep.KEEP[method](expected, prefix_len, 24, WINDOW)[:, :, prefix_len:].flatten(
+        0, 1
+    )
     for column, (start, end) in enumerate(zip(kept.offsets, kept.offsets[1:], strict=False)):
         tokens = mask[column].nonzero().flatten() + prefix_len
         assert kept.tape_tokens[start:end].tolist() == tokens.tolist()
