@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a compressed prompt moves the model's next tokens: KL divergence, agreement, likelihood.
 
-In process, on transformers, with the choices of `lava_sglang.policy`: what the server keeps.
+In process, on transformers, with the choices of `lava_sglang.policy`: what the server keeps. Or
+through a running server, by the log-probabilities that it tells along a forced reply.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from client import ServerClient
+from context_records import ContextRecords
 from contexts import Context, Cutter
 from continuation import continuation_logits, continuations, greedy
 from divergence_summary import FULL, as_json, tables
@@ -21,21 +23,25 @@ from options import (
     add_result_arguments,
     integers,
     load_model_and_tokenizer,
+    load_tokenizer,
     open_results,
+    positive,
+    server_variants_of,
     variants_of,
     write_summary,
 )
 from results import Record, Results
 from rich.console import Console
 from rich.progress import track
+from server_comparison import ServerComparison
 from texts import load_texts
 from torch import Tensor
+from transformers import GenerationConfig
 from variants import Variant, Wanted
 
-from lava_sglang.inspection.prefill import Prefill, prefill
+from lava_sglang.inspection.prefill import prefill
 
-LEAST_NEW_TOKENS = 16
-"""A model's own answer with fewer compared tokens is left out."""
+KEY_FIELDS = ("context", "method", "budget")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,9 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=integers, default="1024,2048,4096", help="prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=64, help="compared after each prompt")
     parser.add_argument("--reference", default="lava", help="method that ratios are to")
+    parser.add_argument("--server", metavar="URL", help="measure a running server of lava-sglang")
+    parser.add_argument(
+        "--top-tokens", type=positive, default=100, help="that a server tells of (default 100)"
+    )
     arguments = parser.parse_args(argv)
-    results = open_results(arguments, ("context", "method", "budget"), "divergence", "new_tokens")
-    measure(arguments, results)
+    if arguments.server is None:
+        results = open_results(arguments, KEY_FIELDS, "divergence", "new_tokens")
+        measure(arguments, results)
+    else:
+        fields = ("new_tokens", "top_tokens")
+        results = open_results(arguments, KEY_FIELDS, "divergence on a server", *fields)
+        measure_server(arguments, results)
     console = Console()
     for table in tables(results, arguments.reference):
         console.print(table)
@@ -61,34 +76,55 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
-    """Adds what `results` lacks, context after context."""
+    """Adds what `results` lacks, context after context, in process."""
     variants = variants_of(arguments)
     model, tokenizer = load_model_and_tokenizer(arguments)
+    pairs = [(variant, budget) for variant in variants for budget in arguments.budgets]
+    for context, missing in _missing(arguments, tokenizer, results, pairs):
+        records = ContextRecords(context, arguments.new_tokens, results)
+        Comparison(model, records).run(missing, arguments.batch_tokens)
+
+
+def measure_server(arguments: argparse.Namespace, results: Results) -> None:
+    """The same through `/generate` of a server, which tells of `--top-tokens` tokens at a time."""
+    variants = server_variants_of(arguments)
+    tokenizer = load_tokenizer(arguments)
+    pairs = [(variant, budget) for variant in variants for budget in arguments.budgets]
+    ends = end_tokens(GenerationConfig.from_pretrained(arguments.model_path))
+    with ServerClient(arguments.server) as server:
+        server.check_scope("prompt")
+        for context, missing in _missing(arguments, tokenizer, results, pairs):
+            records = ContextRecords(context, arguments.new_tokens, results)
+            comparison = ServerComparison(server, records, arguments.top_tokens, ends)
+            comparison.run([(variant.label, budget) for variant, budget in missing])
+
+
+def _missing(
+    arguments: argparse.Namespace,
+    tokenizer: Any,
+    results: Results,
+    pairs: Sequence[tuple[Variant, float]],
+) -> Iterator[tuple[Context, list[tuple[Variant, float]]]]:
+    """Contexts with what `results` lacks of them; those whose answer is too short are left out."""
     cutter = Cutter(tokenizer, load_texts(arguments.data), arguments.seed)
     contexts = cutter.contexts(arguments.contexts, arguments.lengths, arguments.new_tokens + 1)
     for context in track(contexts, "Contexts", console=Console(stderr=True)):
         missing = [
             (variant, budget)
-            for variant in variants
-            for budget in arguments.budgets
+            for variant, budget in pairs
             if results.get(context.name, variant.label, budget) is None
         ]
         full = results.get(context.name, FULL, None)
         if missing and not (full and full["skipped"]):
-            Comparison(model, context, arguments.new_tokens, results).run(
-                missing, arguments.batch_tokens
-            )
+            yield context, missing
 
 
 class Comparison:
     """One context: its exact prefill and next-token distributions, then those of each choice."""
 
-    def __init__(self, model: Any, context: Context, new_tokens: int, results: Results):
+    def __init__(self, model: Any, records: ContextRecords):
         self.model = model
-        self.context = context
-        self.results = results
-        self.new_tokens = new_tokens
-        self.started = time.process_time()
+        self.records = records
 
     def run(self, pairs: Sequence[tuple[Variant, float]], batch_tokens: int) -> None:
         """Adds a record for each (variant, budget), and one for the full prompt if there is none.
@@ -96,15 +132,13 @@ class Comparison:
         batch_tokens: new tokens in a forward pass, those of all rows together.
         """
         window_size = max(variant.method.config.window_size for variant, _ in pairs)
-        exact = prefill(self.model, self.context.prompt, window_size)
-        # The first new token comes from the exact prompt on a server too: it is fed, not compared.
-        continuation = self._continuation(exact)
-        fed, targets = continuation[:-1], torch.tensor(continuation[1:], device=self.model.device)
-        skipped = len(fed) < min(LEAST_NEW_TOKENS, self.new_tokens)
-        if self.results.get(self.context.name, FULL, None) is None:
-            self._add(FULL, None, exact.prompt_len, skipped=skipped, continuation=continuation)
-        if skipped:
+        exact = prefill(self.model, self.records.context.prompt, window_size)
+        continuation = self.records.continuation(
+            lambda count: greedy(self.model, exact, count, end_tokens(self.model.generation_config))
+        )
+        if continuation is None:
             return
+        fed, targets = continuation[:-1], torch.tensor(continuation[1:], device=self.model.device)
         logits = continuation_logits(self.model, exact, fed, [None])[0]
         expected = logits.float().log_softmax(dim=1)
         wanted = Wanted(pairs, exact.prompt_len)
@@ -112,33 +146,15 @@ class Comparison:
         for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
             found = compare(expected, row, targets)
             for budget in wanted.budgets(label, size):
-                self._add(label, budget, size, **found)
+                self.records.add(label, budget, size, **found)
 
-    def _continuation(self, exact: Prefill) -> list[int]:
-        """The text's own next tokens, or the model's, which an earlier run may have recorded."""
-        if self.context.continuation is not None:
-            return self.context.continuation
-        full = self.results.get(self.context.name, FULL, None)
-        if full is not None:
-            return list(full["continuation"])
-        ends = self.model.generation_config.eos_token_id
-        end_tokens = ends if isinstance(ends, list) else [ends]
-        return greedy(self.model, exact, self.new_tokens + 1, end_tokens)
 
-    def _add(self, method: str, budget: float | None, kept: int, **values: Any) -> None:
-        now = time.process_time()
-        record = {
-            "context": self.context.name,
-            "source": self.context.source,
-            "prompt_tokens": len(self.context.prompt),
-            "method": method,
-            "budget": budget,
-            "kept_tokens": kept,
-            **values,
-            "cpu_seconds": round(now - self.started, 4),
-        }
-        self.started = now
-        self.results.add(record)
+def end_tokens(config: Any) -> list[int]:
+    """Of a model's GenerationConfig; none, one or more."""
+    ends = config.eos_token_id
+    if ends is None:
+        return []
+    return ends if isinstance(ends, list) else [ends]
 
 
 def compare(expected: Tensor, logits: Tensor, targets: Tensor) -> Record:

@@ -96,6 +96,18 @@ def variants_of(arguments: argparse.Namespace) -> list[Variant]:
     return parse_variants(arguments.methods, arguments.config, arguments.methods_from)
 
 
+def server_variants_of(arguments: argparse.Namespace) -> list[Variant]:
+    """`--methods` as a request can name them: the other settings are the server's own."""
+    for spec in arguments.methods:
+        if spec not in METHODS:
+            raise ValueError(f"--methods {spec}: accepts {', '.join(METHODS)} with --server")
+    if arguments.config or arguments.methods_from is not None:
+        raise ValueError(
+            "--config and --methods-from: not with --server, which is started with its settings"
+        )
+    return variants_of(arguments)
+
+
 def open_results(
     arguments: argparse.Namespace, key_fields: tuple[str, ...], command: str, *fields: str
 ) -> Results:
@@ -118,6 +130,13 @@ def integers(text: str) -> list[int]:
     if min(values) < 1:
         raise ValueError(f"{text!r}: accepts whole numbers from 1 up")
     return values
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: accepts a whole number from 1 up")
+    return int(text)
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:

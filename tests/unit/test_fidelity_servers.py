@@ -166,7 +166,7 @@ def test_the_client_reads_the_outcome_of_compression() -> None:
 
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/server_info":
-            return httpx.Response(200, json={"kv_compression_config": '{"scope": "prompt"}'})
+            return httpx.Response(200, json={"kv_compression_config": {"scope": "prompt"}})
         if request.url.path == "/flush_cache":
             return httpx.Response(200)
         bodies.append(json.loads(request.content))
