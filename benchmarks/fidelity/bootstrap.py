@@ -24,12 +24,22 @@ class Estimate(NamedTuple):
 
 def mean(values: Sequence[float], seed: int = 0) -> Estimate:
     """The mean of at least one value, one a context."""
-    if not len(values):
-        raise ValueError("0 values: accepts at least 1")
-    sample = np.asarray(values, dtype=np.float64)
-    indices = np.random.default_rng(seed).integers(len(sample), size=(RESAMPLES, len(sample)))
-    low, high = np.percentile(sample[indices].mean(axis=1), [2.5, 97.5])
-    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+    return mean_of_means([values], seed)
+
+
+def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+    """The mean of the groups' means; each is resampled by itself, and counts the same."""
+    if not groups or not all(len(values) for values in groups):
+        raise ValueError("an empty group: accepts at least 1 value in each of at least 1")
+    random = np.random.default_rng(seed)
+    samples = [np.asarray(values, dtype=np.float64) for values in groups]
+    resampled = np.zeros(RESAMPLES)
+    for sample in samples:
+        indices = random.integers(len(sample), size=(RESAMPLES, len(sample)))
+        resampled += sample[indices].mean(axis=1) / len(samples)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    value = float(np.mean([sample.mean() for sample in samples]))
+    return Estimate(value, float(low), float(high), sum(len(sample) for sample in samples))
 
 
 def mean_difference(values: Sequence[float], reference: Sequence[float]) -> Estimate:

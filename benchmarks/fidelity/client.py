@@ -134,7 +134,7 @@ class ServerClient:
             raise ValueError(
                 f"the server's scope={self.scope()!r}: needs {needed!r}, else a prompt that was "
                 "sent before is found in the radix tree and stays exact. Start it with "
-                f"--kv-compression-config '{{\"scope\": \"{needed}\"}}'"
+                f'--kv-compression-config \'{{"scope": "{needed}"}}\''
             )
 
     def flush_cache(self) -> None:

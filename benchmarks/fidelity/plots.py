@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import needle_summary
+import tasks_summary
 from bootstrap import Estimate
 from divergence_summary import cells as divergence_cells
 from haystack import DEPTH_BINS
@@ -117,6 +118,34 @@ def depth_by_length(records: Iterable[Record], lengths: Sequence[int]) -> list[l
         ]
         for part in range(DEPTH_BINS)
     ]
+
+
+def plot_tasks(records: Iterable[Record], path: Path) -> None:
+    """The average score of each suite by budget, one line a method; dashed: the whole prompt."""
+    by_suite: dict[str, list[Record]] = {}
+    for record in records:
+        by_suite.setdefault(record["suite"], []).append(record)
+    size = (len(by_suite) * PANEL[0], PANEL[1])
+    figure, panels = plt.subplots(
+        1, len(by_suite), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axes, (suite, found) in zip(panels.flat, by_suite.items(), strict=True):
+        by_choice = list(tasks_summary.cells(found).values())[-1]
+        budgets = sorted({b for _, b in by_choice if b is not None}, key=lambda b: (b <= 1, b))
+        methods = dict.fromkeys(method for method, _ in by_choice if method != FULL)
+        for number, method in enumerate(methods):
+            at = [budget for budget in budgets if (method, budget) in by_choice]
+            scores = [by_choice[method, budget].score for budget in at]
+            _line(axes, number, method, [budgets.index(budget) for budget in at], scores)
+        if (FULL, None) in by_choice:
+            score = by_choice[FULL, None].score.value
+            axes.axhline(score, color="black", linestyle="--", linewidth=0.8)
+        axes.set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
+        axes.set_xlabel("budget")
+        axes.set_title(f"{suite}, average score")
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize="small")
+    _save(figure, path)
 
 
 def _line(

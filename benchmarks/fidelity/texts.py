@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class Row(NamedTuple):
     context: str
     question: str
     answers: tuple[str, ...]
+    classes: tuple[str, ...] = ()  # of a classification
 
 
 class Texts(NamedTuple):
@@ -43,31 +45,71 @@ def load_texts(source: str | None) -> Texts:
     return _from_folder(Path(source))
 
 
+@cache
+def load_books(source: str | None) -> dict[str, str]:
+    """Title -> text of `source`; Python's reference if it is a folder without .txt files."""
+    if source == "hub":
+        return _books_of_the_hub()
+    return (_books(Path(source)) if source is not None else {}) or python_topics()
+
+
+def load_rows(source: str | None, task: str) -> list[Row]:
+    """The rows of one LongBench task, from TASK.jsonl anywhere in a folder, or from the hub.
+
+    Raises PassageError if `source` is None or the folder has no such file.
+    """
+    if source == "hub":
+        return _rows_of_the_hub(task)
+    paths = sorted(Path(source).rglob(f"{task}.jsonl")) if source is not None else []
+    if not paths:
+        raise PassageError(
+            f"--data={source}: {task} accepts a folder with {task}.jsonl in it, or 'hub'"
+        )
+    return _rows(paths[0])
+
+
 def _from_folder(folder: Path) -> Texts:
-    books = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))}
-    rows = [
-        _row(json.loads(line), path.stem)
-        for path in sorted(folder.rglob("*.jsonl"))
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+    books = _books(folder)
+    rows = [row for path in sorted(folder.rglob("*.jsonl")) for row in _rows(path)]
     if not books and not rows:
         raise PassageError(f"{folder}: holds no .txt file and no .jsonl file")
     return Texts(books, rows)
 
 
+def _books(folder: Path) -> dict[str, str]:
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.txt"))}
+
+
+def _rows(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_row(json.loads(line), path.stem) for line in lines if line.strip()]
+
+
 def _from_hub(tasks: Sequence[str]) -> Texts:
+    return Texts(_books_of_the_hub(), [row for task in tasks for row in _rows_of_the_hub(task)])
+
+
+def _books_of_the_hub() -> dict[str, str]:
     from datasets import load_dataset
 
-    books = {
+    return {
         book["short_book_title"]: book["text"]
         for book in load_dataset(PG19, split="test", streaming=True)
     }
-    rows = [
-        _row(row, task) for task in tasks for row in load_dataset(LONGBENCH, task, split="test")
-    ]
-    return Texts(books, rows)
+
+
+def _rows_of_the_hub(task: str) -> list[Row]:
+    from datasets import load_dataset
+
+    return [_row(row, task) for row in load_dataset(LONGBENCH, task, split="test")]
 
 
 def _row(row: dict[str, Any], task: str) -> Row:
-    return Row(task, str(row["_id"]), row["context"], row["input"], tuple(row["answers"]))
+    return Row(
+        task,
+        str(row["_id"]),
+        row["context"],
+        row["input"],
+        tuple(row["answers"]),
+        tuple(row.get("all_classes") or ()),
+    )
