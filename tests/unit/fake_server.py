@@ -34,6 +34,22 @@ prefill_us = 0
 health_polls = 0
 
 
+def whole_reply(body: dict[str, Any]) -> dict[str, Any]:
+    """Of a chat that is not streamed: a word, or with `return_meta_info` what `echo` says."""
+    if not body.get("return_meta_info"):
+        return {"message": {"content": "word"}}
+    text, meta = echo(body["messages"][0]["content"], body["custom_params"])
+    return {"message": {"content": text}, "meta_info": meta}
+
+
+def echo(prompt: str, custom_params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The prompt back if it is not compressed, else nothing of it; and what became of it."""
+    if custom_params["kv_compression"].get("enabled", True):
+        return "word", {"prompt_tokens": 20, "kv_compression": COMPRESSED}
+    skipped = {"status": "skipped", "reason": "disabled"}
+    return prompt, {"prompt_tokens": 20, "kv_compression": skipped}
+
+
 class Handler(BaseHTTPRequestHandler):
     options: argparse.Namespace
 
@@ -48,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"loads": [self.load()]})
         elif self.path == "/v1/models":
             self.answer_json({"data": [{"id": "fake"}]})
+        elif self.path == "/server_info":
+            self.answer_json({"path": self.path, "kv_compression_config": {"scope": "prompt"}})
         else:
             self.answer_json({"path": self.path})
 
@@ -64,6 +82,9 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: dict[str, Any]) -> None:
         """The first token id says how it goes: 400, 1 (an error event), 2 (an abort), or well."""
         global active
+        if not body.get("stream"):
+            text, meta = echo(body["text"], body["sampling_params"]["custom_params"])
+            return self.answer_json({"text": text, "meta_info": meta})
         kind = body["input_ids"][0]
         if kind == 400:
             return self.answer(b'{"error": "too long"}', 400)
@@ -89,7 +110,7 @@ class Handler(BaseHTTPRequestHandler):
         """A token a step; what was sent comes back as the first word of the answer."""
         global active, prefill_us
         if not body.get("stream"):
-            return self.answer_json({"choices": [{"message": {"content": "word"}}]})
+            return self.answer_json({"choices": [whole_reply(body)]})
         self.send_response(200)
         self.end_headers()
         prompt = sum(len(message["content"].split()) for message in body["messages"])

@@ -41,7 +41,7 @@ def test_noise_counts_as_the_floor() -> None:
 
 
 def test_bad_inputs_are_named() -> None:
-    with pytest.raises(ValueError, match="0 values: accepts at least 1"):
+    with pytest.raises(ValueError, match="an empty group: accepts at least 1 value"):
         bootstrap.mean([])
     with pytest.raises(ValueError, match="longer"):
         bootstrap.mean_difference([1.0], [1.0, 2.0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -18,23 +19,31 @@ def fill(recipe: Recipe, seed: str, length: int, fitter: Fitter) -> Sample:
     Raises ValueError if the least filler takes more.
     """
 
-    def made(amount: int) -> Sample:
-        return recipe(Random(seed), amount)
+    def made(amount: int) -> tuple[Sample, int]:
+        """A sample and its tokens."""
+        sample = recipe(Random(seed), amount)
+        return sample, fitter.count(sample) + sample.max_new_tokens
 
-    def fits(sample: Sample) -> bool:
-        return fitter.count(sample) + sample.max_new_tokens <= length
-
-    least = made(1)
-    if not fits(least):
-        needed = fitter.count(least) + least.max_new_tokens
-        raise ValueError(f"--lengths: {length}: {least.task} accepts {needed} tokens or more")
-    low, high = 1, 2
-    while fits(made(high)):
-        low, high = high, 2 * high
+    best, low_size = made(1)
+    if low_size > length:
+        raise ValueError(f"--lengths: {length}: {best.task} accepts {low_size} tokens or more")
+    low, high = 1, 32
+    high_sample, high_size = made(high)
+    # Tokens grow with the filler almost in a line: a few samples are made, not one for each bit.
+    while high_size <= length:
+        slope = (high_size - low_size) / (high - low)
+        best, low, low_size = high_sample, high, high_size
+        high = low + math.ceil((length - low_size) / max(slope, 1) * 1.02) + 1
+        high_sample, high_size = made(high)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(made(middle)) else (low, middle)
-    return made(low)
+        guess = low + int((high - low) * (length - low_size) / (high_size - low_size))
+        middle = min(max(guess, low + 1), high - 1)
+        sample, size = made(middle)
+        if size <= length:
+            best, low, low_size = sample, middle, size
+        else:
+            high, high_size = middle, size
+    return best
 
 
 def inserted(text: Sequence[str], pieces: Sequence[str], places: Sequence[int]) -> list[str]:

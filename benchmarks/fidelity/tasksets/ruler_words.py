@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from random import Random
 from string import ascii_lowercase
 
@@ -52,11 +53,7 @@ def common_recipe(name: str, length: int) -> Recipe:
 
 def _word_list(random: Random, others: int, often: int, seldom: int) -> tuple[str, list[str]]:
     """The message, and its common words: each `often` times, `others` other words `seldom`."""
-    known = sorted({*words("noun"), *words("adjective"), *words("verb")})
-    if COMMON_WORDS + others > len(known):
-        # Longer lists than there are words: with numbers, which are other words.
-        known += [f"{word}{number}" for number in range(2, 100) for word in known]
-    drawn = random.sample(known, COMMON_WORDS + others)
+    drawn = random.sample(_known(COMMON_WORDS + others), COMMON_WORDS + others)
     common = drawn[:COMMON_WORDS]
     listed = common * often + drawn[COMMON_WORDS:] * seldom
     random.shuffle(listed)
@@ -66,6 +63,18 @@ def _word_list(random: Random, others: int, often: int, seldom: int) -> tuple[st
         "Question: What are the 10 most common words in the above list?"
     )
     return prompt, common
+
+
+def _known(least: int) -> list[str]:
+    """Words, at least so many: where a list needs more, with numbers, which are other words."""
+    known = _all_words()
+    rounds = -(-least // len(known))
+    return known + [f"{word}{number}" for number in range(2, rounds + 1) for word in known]
+
+
+@cache
+def _all_words() -> list[str]:
+    return sorted({*words("noun"), *words("adjective"), *words("verb")})
 
 
 def _numbered(listed: Sequence[str]) -> list[str]:
