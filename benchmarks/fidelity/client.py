@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import httpx
 
-from lava_sglang.inspection.forced import SHIFT, ForcedTokens
+from lava_sglang.forced_tokens import SHIFT, ForcedTokens
 
 
 class Reply(NamedTuple):
@@ -122,10 +122,15 @@ class ServerClient:
             reason=info.get("reason", ""),
         )
 
-    def scope(self) -> str:
-        """What the server compresses: "suffix" or "prompt"."""
+    def settings(self) -> dict[str, Any]:
+        """What it was started with: the config, a JSON object, and the least tokens."""
         info = self._http.get("/server_info").raise_for_status().json()
-        config = info.get("kv_compression_config") or {}
+        names = ("kv_compression_config", "kv_compression_min_tokens")
+        return {name: info.get(name) for name in names}
+
+    def scope(self) -> str:
+        """What the server compresses: "suffix", "prompt" or "auto"."""
+        config = self.settings()["kv_compression_config"] or {}
         return str(config.get("scope", "suffix"))
 
     def check_scope(self, needed: str) -> None:

@@ -26,6 +26,7 @@ from options import (
     load_tokenizer,
     open_results,
     positive,
+    read_server_settings,
     server_variants_of,
     variants_of,
     write_summary,
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = open_results(arguments, KEY_FIELDS, "divergence", "new_tokens")
         measure(arguments, results)
     else:
-        fields = ("new_tokens", "top_tokens")
+        read_server_settings(arguments)
+        fields = ("new_tokens", "top_tokens", "server_settings")
         results = open_results(arguments, KEY_FIELDS, "divergence on a server", *fields)
         measure_server(arguments, results)
     console = Console()
@@ -92,7 +94,6 @@ def measure_server(arguments: argparse.Namespace, results: Results) -> None:
     pairs = [(variant, budget) for variant in variants for budget in arguments.budgets]
     ends = end_tokens(GenerationConfig.from_pretrained(arguments.model_path))
     with ServerClient(arguments.server) as server:
-        server.check_scope("prompt")
         for context, missing in _missing(arguments, tokenizer, results, pairs):
             records = ContextRecords(context, arguments.new_tokens, results)
             comparison = ServerComparison(server, records, arguments.top_tokens, ends)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from client import ServerClient
 from machine import commit, cpu_model
 from results import Results
 from transformers import AutoTokenizer
@@ -106,6 +107,14 @@ def server_variants_of(arguments: argparse.Namespace) -> list[Variant]:
             "--config and --methods-from: not with --server, which is started with its settings"
         )
     return variants_of(arguments)
+
+
+def read_server_settings(arguments: argparse.Namespace) -> None:
+    """Sets `arguments.server_settings`. Raises ValueError unless every prompt is compressed whole,
+    whatever was sent before."""
+    with ServerClient(arguments.server) as server:
+        server.check_scope("prompt")
+        arguments.server_settings = server.settings()
 
 
 def open_results(

@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx
 from asker import Asker
-from client import ServerClient
 from needle_summary import FULL
 from options import (
     add_method_arguments,
@@ -26,6 +25,7 @@ from options import (
     load_tokenizer,
     open_results,
     positive,
+    read_server_settings,
     server_variants_of,
     write_summary,
 )
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.max_length is None:
         arguments.max_length = longest(arguments.model_path)
-    fields = ("data", "max_length", "template_options")
+    read_server_settings(arguments)
+    fields = ("server_settings", "data", "max_length", "template_options")
     results = open_results(arguments, KEY_FIELDS, "tasks", *fields)
     measure(arguments, results)
     console = Console()
@@ -99,8 +100,6 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     choices: list[Choice] = [(FULL, None)]
     choices += [(v.label, b) for v in server_variants_of(arguments) for b in arguments.budgets]
     names = task_names(arguments.tasks)
-    with ServerClient(arguments.server) as server:
-        server.check_scope("prompt")
     fitter = Fitter(load_tokenizer(arguments), arguments.max_length)
     console = Console(stderr=True)
     with console.status("Samples"):
