@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 
 def cells(records: Iterable[Record]) -> dict[str, dict[Choice, Cell]]:
-    """task -> choice -> cell, in the order of the records; the last task is their AVERAGE.
+    """task -> choice -> cell, tasks by name; the last one is their AVERAGE.
 
     In it every task counts the same, over the choices that have all of them.
     """
@@ -41,7 +41,7 @@ def cells(records: Iterable[Record]) -> dict[str, dict[Choice, Cell]]:
             choice: _cell([(kept, by_choice.get((FULL, None), {}))])
             for choice, kept in by_choice.items()
         }
-        for task, by_choice in found.items()
+        for task, by_choice in sorted(found.items())
     }
     if len(found) > 1:
         choices = dict.fromkeys(choice for by_choice in found.values() for choice in by_choice)
