@@ -41,9 +41,10 @@ def no_host_read() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "random"])
 def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype) -> None:
-    """Sums are exact; near the threshold rounding may swap a few entries."""
+    """Sums are exact; near the threshold rounding may swap a few entries. Devices differ in what is
+    random."""
     prompt = made_up_prompt(dtype=dtype)
     method = METHODS[name](KVCompressionConfig(method=name))
     got, want = keep(method, prompt, BUDGET), keep(method, on_cpu(prompt), BUDGET)

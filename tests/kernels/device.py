@@ -14,6 +14,10 @@ ON_GPU = os.environ.get("LAVA_TEST_DEVICE") == "cuda"
 # The interpreter computes bfloat16 wrong without a word.
 HALVES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]
 DTYPES = [*HALVES, torch.float32]
+# AMD's own e4m3 has no type on NVIDIA's chips, nor in their Triton.
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+if not ON_GPU or torch.version.hip is not None:
+    FP8.append(torch.float8_e4m3fnuz)
 
 
 def generator(seed: int) -> torch.Generator:

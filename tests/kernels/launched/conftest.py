@@ -24,7 +24,7 @@ elif not ON_GPU:
     collect_ignore_glob.append("test_*.py")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def default_device() -> Iterator[None]:
     with torch.device("cuda" if ON_GPU else "cpu"):
         yield

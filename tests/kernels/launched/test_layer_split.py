@@ -37,7 +37,7 @@ def test_extreme_weights_at_full_size(weight: float) -> None:
 
 
 def test_real_size() -> None:
-    weights = pyramid_weights(32)
+    weights = pyramid_weights(32, torch.get_default_device())
     total, cap = 32 * 8 * (4096 - 32), 8 * 16_352
     assert torch.equal(layer_split_triton(weights, total, cap), layer_split(weights, total, cap))
 

@@ -5,7 +5,7 @@ import torch
 from lava_sglang.kernels import arena as arena_module
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
 from lava_sglang.kernels.reference import ragged_decode_ref
-from tests.kernels.device import DTYPES
+from tests.kernels.device import DTYPES, FP8
 from tests.kernels.tape_batch import Request, TapeBatch, tape_batch
 
 MIXED = [
@@ -101,9 +101,7 @@ def test_output_and_strided_queries() -> None:
 
 @pytest.mark.parametrize("by_bits", [False, True])
 @pytest.mark.parametrize("stored_as_bytes", [False, True])
-@pytest.mark.parametrize(
-    "kv_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2]
-)
+@pytest.mark.parametrize("kv_dtype", FP8)
 def test_fp8(
     kv_dtype: torch.dtype, stored_as_bytes: bool, by_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
