@@ -43,7 +43,7 @@ test: venv
 	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)
 
 gpu: venv
-	LAVA_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels/launched tests/gpu $(ARGS)
+	LAVA_TEST_DEVICE=cuda LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(or $(ARGS),tests/kernels/launched tests/gpu)
 
 kernels: venv
 	$(BIN)/python -m tests.kernels.aot $(ARGS)
