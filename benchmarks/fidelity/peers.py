@@ -229,7 +229,8 @@ def _settings_by_class(
 ) -> list[dict[str, Any]]:
     """Each option to the first class that has it."""
     accepted = [
-        [name for name in inspect.signature(cls).parameters if name not in _NOT_SETTINGS] for cls in classes
+        [name for name in inspect.signature(cls).parameters if name not in _NOT_SETTINGS]
+        for cls in classes
     ]
     own: list[dict[str, Any]] = [{} for _ in classes]
     for field, value in options.items():
