@@ -59,7 +59,7 @@ class Peer:
 
     label: str
     config: KVCompressionConfig  # turns a budget into b, as for our own methods
-    new_press: Callable[[], Any]
+    new_press: Callable[..., Any]  # score_once=False: as kvpress makes it
     needs_attention: bool
     window_size: int = 1  # it makes its own queries
 
@@ -110,9 +110,10 @@ def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Pe
     classes = [_press_class(spec, name) for name in chain]
     own = _settings_by_class(spec, classes, parse_options(options))
 
-    def new_press() -> Any:
+    def new_press(score_once: bool = True) -> Any:
         press = classes[-1](**own[-1])
-        if chain[-1] not in _SCORES_BY_BUDGET and chain[0] not in _SCORES_PARTS:
+        reusable = chain[-1] not in _SCORES_BY_BUDGET and chain[0] not in _SCORES_PARTS
+        if score_once and reusable:
             _score_once(press)
         return press if len(classes) == 1 else classes[0](press=press, **own[0])
 
