@@ -28,9 +28,11 @@ class AttentionInputs:
     """Filled while a model of `load_model` prefills in chunks; one prompt only."""
 
     def __init__(self, model: Any):
-        decoder = model.get_decoder()
-        self.modules: list[Any] = [layer.self_attn for layer in decoder.layers]
-        self.rotary_emb = decoder.rotary_emb
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.modules: list[Any] = [layer.self_attn for layer in self.decoder.layers]
+        self.rotary_emb = self.decoder.rotary_emb
+        self._tokens: list[Tensor] = []
         self._hidden: list[list[Tensor]] = [[] for _ in self.modules]
         self._rotary: list[tuple[Tensor, Tensor]] = []
 
@@ -40,11 +42,16 @@ class AttentionInputs:
             module.register_forward_pre_hook(partial(self._record, layer), with_kwargs=True)
             for layer, module in enumerate(self.modules)
         ]
+        hooks.append(self.decoder.register_forward_pre_hook(self._record_tokens, with_kwargs=True))
         try:
             yield self
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def tokens(self, exact: Prefill) -> Tensor:
+        """int64 [1, N]: the prompt. exact: as for `layers`."""
+        return torch.cat(self._tokens, dim=1)[:, : exact.prompt_len]
 
     def layers(self, exact: Prefill) -> Iterator[LayerInput]:
         """Every layer in turn. exact: the prefill that was recorded, or a beginning of it."""
@@ -53,6 +60,9 @@ class AttentionInputs:
         for module, hidden, arena in zip(self.modules, self._hidden, exact.arena, strict=True):
             keys, values = arena[:, :count].transpose(1, 2)[:, None].contiguous()
             yield LayerInput(module, torch.cat(hidden, dim=1)[:, :count], keys, values, (cos, sin))
+
+    def _record_tokens(self, decoder: Any, positional: tuple[Any, ...], named: Any) -> None:
+        self._tokens.append(named["input_ids"])
 
     def _record(
         self, layer: int, module: torch.nn.Module, positional: tuple[Any, ...], named: Any

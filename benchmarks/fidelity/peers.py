@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from attention_inputs import AttentionInputs, LayerInput
 from continuation import Columns
 from torch import Tensor
+from transformers import DynamicCache
 from variants import Contender, kept_tokens, parse_options
 
 from lava_sglang.config import KVCompressionConfig
@@ -29,7 +31,8 @@ INSTALL = (
 )
 
 # Left out are presses that need training or statistics of the model, change entries rather than
-# choose among them, compress while decoding, or whose budget cannot be set.
+# choose among them, compress while decoding, need all attention of a second pass, or whose budget
+# cannot be set.
 SCORERS = (
     *("SnapKV", "PyramidKV", "ExpectedAttention", "KeyDiff", "Knorm", "StreamingLLM", "TOVA"),
     *("ObservedAttention", "LagKV", "NonCausalAttn", "CUR", "LeverageScore", "Compactor", "Cap"),
@@ -44,6 +47,8 @@ WRAPPERS = {
     "Block": "KeyDiff",
 }
 """Presses around a scorer -> the scorer, unless the spec names another: `AdaKV+KeyDiff`."""
+REPLAYERS = ("KVzip", "KVgrad")
+"""Presses that read the prompt again, to repeat it, before they choose."""
 _SCORES_BY_BUDGET = ("StreamingLLM", "Compactor")
 _SCORES_PARTS = ("Block",)
 _NOT_SETTINGS = ("press", "compression_ratio")
@@ -85,6 +90,39 @@ class Peer:
         return [chosen.get(budget) for budget in budgets]
 
 
+class ReplayingPeer(Peer):
+    """A press that prefills and reads the prompt again by itself; budgets are over all layers."""
+
+    @torch.no_grad()
+    def choose(
+        self, exact: Prefill, inputs: AttentionInputs | None, budgets: Sequence[int]
+    ) -> list[Columns | None]:
+        assert inputs is not None
+        wanted = [budget for budget in budgets if budget < exact.prompt_len]
+        chosen: dict[int, Columns] = {}
+        press = self.new_press()
+        compress_once = press.compress_post
+
+        def compress_post(model: Any) -> None:
+            """At the press's end: its scores serve all budgets."""
+            for budget in wanted:
+                press.compression_ratio = removed_share(budget, exact.prompt_len, -0.0001)
+                compress_once(model)
+                chosen[budget] = [
+                    column
+                    for module in inputs.modules
+                    for column in unmasked(module, exact.arena.shape[3], exact.prompt_len)
+                ]
+
+        if wanted:
+            press.compress_post = compress_post
+            press.compression_ratio = removed_share(wanted[0], exact.prompt_len)
+            with stock_attention(inputs.model), press(inputs.model):
+                tokens = inputs.tokens(exact)
+                inputs.model.model(input_ids=tokens, past_key_values=DynamicCache())
+        return [chosen.get(budget) for budget in budgets]
+
+
 def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Peer]:
     """Peers of specs such as `kvpress:SnapKV`, `kvpress:AdaKV+KeyDiff`,
     `kvpress:SnapKV:window_size=32,kernel_size=7`; all with kvpress's own defaults for `kvpress`.
@@ -95,30 +133,31 @@ def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Pe
     if spec == PREFIX:
         return [
             peer
-            for name in (*SCORERS, *WRAPPERS)
+            for name in (*SCORERS, *WRAPPERS, *REPLAYERS)
             for peer in parse_peers(f"{PREFIX}:{name}", settings)
         ]
     names, _, options = spec.removeprefix(f"{PREFIX}:").partition(":")
     outer, plus, inner = names.partition("+")
-    known = (outer in WRAPPERS and inner in SCORERS) if plus else outer in (*SCORERS, *WRAPPERS)
+    presses = (*SCORERS, *WRAPPERS, *REPLAYERS)
+    known = (outer in WRAPPERS and inner in SCORERS) if plus else outer in presses
     if not known:
         raise PeerError(
-            f"{spec}: accepts {PREFIX}:PRESS, of {', '.join((*SCORERS, *WRAPPERS))}; "
+            f"{spec}: accepts {PREFIX}:PRESS, of {', '.join(presses)}; "
             f"and WRAPPER+PRESS, of {', '.join(WRAPPERS)} around {', '.join(SCORERS)}"
         )
-    chain = [outer] if outer in SCORERS else [outer, inner or WRAPPERS[outer]]
+    chain = [outer, inner or WRAPPERS[outer]] if outer in WRAPPERS else [outer]
     classes = [_press_class(spec, name) for name in chain]
     own = _settings_by_class(spec, classes, parse_options(options))
 
     def new_press(score_once: bool = True) -> Any:
         press = classes[-1](**own[-1])
-        reusable = chain[-1] not in _SCORES_BY_BUDGET and chain[0] not in _SCORES_PARTS
-        if score_once and reusable:
+        if score_once and not {*chain} & {*_SCORES_BY_BUDGET, *_SCORES_PARTS, *REPLAYERS}:
             _score_once(press)
         return press if len(classes) == 1 else classes[0](press=press, **own[0])
 
     config = KVCompressionConfig.parse({**(settings or {})}, f"{spec}: {{}}".format)
-    return [Peer(spec, config, new_press, needs_attention=chain[-1] == "ObservedAttention")]
+    kind = ReplayingPeer if outer in REPLAYERS else Peer
+    return [kind(spec, config, new_press, needs_attention=chain[-1] == "ObservedAttention")]
 
 
 @contextmanager
@@ -131,10 +170,10 @@ def recorded(model: Any, contenders: Iterable[Contender]) -> Iterator[AttentionI
         yield inputs
 
 
-def removed_share(kept: int, prompt_len: int) -> float:
+def removed_share(kept: int, prompt_len: int, excess: float = 0.01) -> float:
     """The compression ratio at which a press keeps `kept` of `prompt_len` entries, whether it
-    truncates or rounds N * (1 - ratio)."""
-    return 1 - (kept + 0.01) / prompt_len
+    truncates or rounds N * (1 - ratio). One that truncates what it drops needs excess < 0."""
+    return 1 - (kept + excess) / prompt_len
 
 
 def compress(press: Any, layer: LayerInput, attention: Tensor | None) -> Columns:
@@ -155,17 +194,34 @@ def compress(press: Any, layer: LayerInput, attention: Tensor | None) -> Columns
             attention,
             {"position_embeddings": layer.rotary},
         )
-    masked, module.masked_key_indices = module.masked_key_indices, None
-    if masked is None:
+    if module.masked_key_indices is None:
         tokens = copied_rows(keys[0], layer.keys[0])
         if tokens is None or copied_rows(values[0], layer.values[0], tokens) is None:
             raise PeerError(
                 f"{type(press).__name__}: changes entries, which no choice of ours does"
             )
         return list(tokens.sort(dim=1).values)
-    keep = torch.ones(layer.keys.shape[1:3], dtype=torch.bool, device=layer.keys.device)
-    keep[masked[1].to(keep.device), masked[2].to(keep.device)] = False
+    return unmasked(module, *layer.keys.shape[1:3])
+
+
+def unmasked(module: Any, heads: int, prompt_len: int) -> Columns:
+    """What is left of the entries that a press has named in the module, and names no longer."""
+    masked, module.masked_key_indices = module.masked_key_indices, None
+    keep = torch.ones(heads, prompt_len, dtype=torch.bool, device=module.q_proj.weight.device)
+    if masked is not None:
+        keep[masked[1].to(keep.device), masked[2].to(keep.device)] = False
     return [head.nonzero()[:, 0] for head in keep]
+
+
+@contextmanager
+def stock_attention(model: Any) -> Iterator[None]:
+    """A model of `load_model` as transformers runs it, with a KV cache of its own."""
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
 
 
 def copied_rows(kept: Tensor, rows: Tensor, at: Tensor | None = None) -> Tensor | None:
@@ -205,6 +261,7 @@ def _fingerprints(rows: Tensor) -> Tensor:
 
 
 def _press_class(spec: str, name: str) -> Any:
+    logging.getLogger(PREFIX).setLevel(logging.ERROR)  # it warns at every prompt
     try:
         return getattr(importlib.import_module("kvpress"), f"{name}Press")
     except ImportError as error:

@@ -4,7 +4,8 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from peers import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lava_sglang.inspection.prefill import load_model, prefill
+from lava_sglang.inspection.prefill import ATTENTION, load_model, prefill
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, random_tokens, write_tiny_llama
 from tests.unit.tiny_tokenizer import write_tiny_tokenizer
 
@@ -92,10 +93,38 @@ class AdaKVPress:
         return keys, values
 
 
+@dataclass
+class KVzipPress:
+    """Prefills by itself, and keeps the first tokens more the deeper the layer."""
+
+    compression_ratio: float = 0.0
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        lengths: list[int] = []
+        layer = model.model.layers[0].self_attn
+        hook = layer.register_forward_pre_hook(
+            lambda module, positional, named: lengths.append(named["hidden_states"].shape[1]),
+            with_kwargs=True,
+        )
+        yield
+        hook.remove()
+        (self.length,) = lengths
+        self.compress_post(model)
+
+    def compress_post(self, model: Any) -> None:
+        dropped = int(LAYERS * KV_HEADS * self.length * self.compression_ratio) // KV_HEADS
+        for layer, more in zip(model.model.layers, (5, 0, -5), strict=True):
+            tokens = torch.arange(self.length - dropped // LAYERS - more, self.length)
+            heads = torch.arange(KV_HEADS).repeat_interleave(len(tokens))
+            batch = torch.zeros_like(heads)
+            layer.self_attn.masked_key_indices = (batch, heads, tokens.repeat(KV_HEADS))
+
+
 @pytest.fixture(autouse=True)
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("kvpress")
-    for press in (KnormPress, StreamingLLMPress, ObservedAttentionPress, AdaKVPress):
+    for press in (KnormPress, StreamingLLMPress, ObservedAttentionPress, AdaKVPress, KVzipPress):
         setattr(module, press.__name__, press)
     monkeypatch.setitem(sys.modules, "kvpress", module)
     return module
@@ -152,6 +181,18 @@ def test_masked_heads_are_ragged_and_sum_to_the_budget(model: Any) -> None:
     assert mean_kept(columns, len(PROMPT)) == 20
     assert mean_kept([*columns[1:], columns[0][:-1]], 90) == round(20 - 1 / (LAYERS * KV_HEADS), 4)
     assert mean_kept(None, 90) == 90
+
+
+def test_a_press_that_prefills_by_itself(model: Any) -> None:
+    """It has the stock model for as long as it runs; its budget is over all layers."""
+    few, many, everything = chosen(model, "kvpress:KVzip", [20, 45, 65], drop_last=25)
+    assert everything is None
+    for columns, budget in ((few, 20), (many, 45)):
+        assert mean_kept(columns, 65) == budget
+        expected = [budget - 5] * KV_HEADS + [budget] * KV_HEADS + [budget + 5] * KV_HEADS
+        assert [column.tolist() for column in columns] == [list(range(n)) for n in expected]
+    assert model.config._attn_implementation == ATTENTION
+    assert chosen(model, "kvpress:Knorm", [20])[0] is not None
 
 
 def test_attention_is_that_of_transformers(model: Any, model_dir: Path) -> None:
