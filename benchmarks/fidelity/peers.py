@@ -184,8 +184,8 @@ def compress(press: Any, layer: LayerInput, attention: Tensor | None) -> Columns
     module = layer.module
     module.masked_key_indices = None
     devices = [layer.keys.device] if layer.keys.is_cuda else []
-    with torch.random.fork_rng(devices):  # some draw projections: the same in every run
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices):  # some draw: the same in every run and at every budget
+        torch.manual_seed(int(module.layer_idx))
         keys, values = press.compress(
             module,
             layer.hidden,
