@@ -31,6 +31,15 @@ def kept_columns(selection: Selection, shared_prefix_len: int = 0) -> Columns:
     return [torch.cat([prefix, piece]) for piece in pieces]
 
 
+def mean_kept(columns: Columns | None, prompt_len: int) -> float:
+    """Entries per layer and head; a whole number as an int."""
+    if columns is None:
+        return prompt_len
+    entries = sum(len(column) for column in columns)
+    whole, rest = divmod(entries, len(columns))
+    return whole if rest == 0 else round(entries / len(columns), 4)
+
+
 @torch.no_grad()
 def continuation_logits(
     model: Any, prefill: Prefill, tokens: Sequence[int], kept: Sequence[Columns | None]

@@ -13,24 +13,25 @@ from typing import Any
 
 import torch
 from contexts import Context, Cutter
-from continuation import continuation_logits, continuations, greedy
+from continuation import continuation_logits, continuations, greedy, mean_kept
 from divergence_summary import FULL, as_json, tables
 from options import (
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
+    contenders_of,
     integers,
     load_model_and_tokenizer,
     open_results,
-    variants_of,
     write_summary,
 )
+from peers import recorded
 from results import Record, Results
 from rich.console import Console
 from rich.progress import track
 from texts import load_texts
 from torch import Tensor
-from variants import Variant, Wanted
+from variants import Contender, Wanted
 
 from lava_sglang.inspection.prefill import Prefill, prefill
 
@@ -62,16 +63,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks, context after context."""
-    variants = variants_of(arguments)
+    contenders = contenders_of(arguments)
     model, tokenizer = load_model_and_tokenizer(arguments)
     cutter = Cutter(tokenizer, load_texts(arguments.data), arguments.seed)
     contexts = cutter.contexts(arguments.contexts, arguments.lengths, arguments.new_tokens + 1)
     for context in track(contexts, "Contexts", console=Console(stderr=True)):
         missing = [
-            (variant, budget)
-            for variant in variants
+            (contender, budget)
+            for contender in contenders
             for budget in arguments.budgets
-            if results.get(context.name, variant.label, budget) is None
+            if results.get(context.name, contender.label, budget) is None
         ]
         full = results.get(context.name, FULL, None)
         if missing and not (full and full["skipped"]):
@@ -90,13 +91,15 @@ class Comparison:
         self.new_tokens = new_tokens
         self.started = time.process_time()
 
-    def run(self, pairs: Sequence[tuple[Variant, float]], batch_tokens: int) -> None:
-        """Adds a record for each (variant, budget), and one for the full prompt if there is none.
+    def run(self, pairs: Sequence[tuple[Contender, float]], batch_tokens: int) -> None:
+        """Adds a record for each (contender, budget), and one for the full prompt if there is none.
 
         batch_tokens: new tokens in a forward pass, those of all rows together.
         """
-        window_size = max(variant.method.config.window_size for variant, _ in pairs)
-        exact = prefill(self.model, self.context.prompt, window_size)
+        contenders = [contender for contender, _ in pairs]
+        window_size = max(contender.window_size for contender in contenders)
+        with recorded(self.model, contenders) as inputs:
+            exact = prefill(self.model, self.context.prompt, window_size)
         # The first new token comes from the exact prompt on a server too: it is fed, not compared.
         continuation = self._continuation(exact)
         fed, targets = continuation[:-1], torch.tensor(continuation[1:], device=self.model.device)
@@ -108,11 +111,12 @@ class Comparison:
         logits = continuation_logits(self.model, exact, fed, [None])[0]
         expected = logits.float().log_softmax(dim=1)
         wanted = Wanted(pairs, exact.prompt_len)
-        choices = wanted.choices(exact)
+        choices = wanted.choices(exact, inputs)
         for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
             found = compare(expected, row, targets)
+            kept = mean_kept(choices[label, size], exact.prompt_len)
             for budget in wanted.budgets(label, size):
-                self._add(label, budget, size, **found)
+                self._add(label, budget, kept, **found)
 
     def _continuation(self, exact: Prefill) -> list[int]:
         """The text's own next tokens, or the model's, which an earlier run may have recorded."""
@@ -125,7 +129,7 @@ class Comparison:
         end_tokens = ends if isinstance(ends, list) else [ends]
         return greedy(self.model, exact, self.new_tokens + 1, end_tokens)
 
-    def _add(self, method: str, budget: float | None, kept: int, **values: Any) -> None:
+    def _add(self, method: str, budget: float | None, kept: float, **values: Any) -> None:
         now = time.process_time()
         record = {
             "context": self.context.name,
