@@ -10,12 +10,13 @@ ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
 
-.PHONY: help venv model demo serve test kernels flashinfer lint
+.PHONY: help venv model demo serve test gpu kernels flashinfer lint
 
 help:
 	@echo 'make demo    serve long prompts with and without compression and compare'
 	@echo 'make serve   start a server with compression and leave it running (PORT=$(PORT))'
 	@echo 'make test    run all tests'
+	@echo 'make gpu     run the kernels on this machine'"'"'s GPU against their references'
 	@echo 'make kernels compile every Triton kernel for four GPUs, print registers and spills'
 	@echo 'make flashinfer  compile the FlashInfer modules that decode_kernel=flashinfer uses (nvcc)'
 	@echo 'make lint    ruff and mypy'
@@ -40,6 +41,9 @@ serve: model
 
 test: venv
 	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)
+
+gpu: venv
+	LAVA_TEST_DEVICE=cuda LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(or $(ARGS),tests/kernels/launched tests/gpu)
 
 kernels: venv
 	$(BIN)/python -m tests.kernels.aot $(ARGS)

@@ -149,7 +149,9 @@ def measure(
 ) -> Iterator[dict[str, list[float]]]:
     """Seconds by step, prompt by prompt: one prefill, then `repeats` compressions of it."""
     device = torch.device(arguments.device)
-    model = load_model(arguments.model_path, DTYPES[arguments.dtype], device)
+    model = load_model(
+        arguments.model_path, DTYPES[arguments.dtype], device, arguments.load_format == "dummy"
+    )
     warm_up = prompts[0].input_ids
     if device.type == "cuda":
         prefill(model, warm_up, config.window_size, arguments.chunk_tokens)
@@ -199,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     methods = [method for method in METHOD_CHOICES if method != "none"]
     add("--model-path", required=True, help="a Hugging Face folder or name")
+    add("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     add("--prompts", type=int, default=3, help="how many, each with another passage")
     add("--prompt-tokens", type=int, default=4096)
     add("--text-dir", type=Path, help="folder of .txt files (default: the Python reference)")

@@ -85,7 +85,7 @@ class Batch:
             prefix_len, tail = shape.context // 8, min(64, shape.context // 8)
             budget = shape.context - prefix_len - tail
             self.prefix_lens[1:], self.budgets[1:] = prefix_len, budget
-            self.offsets[1:] = _uneven_offsets(shape, self.num_layers, budget, generator)
+            self.offsets[1:] = uneven_offsets(shape, self.num_layers, budget, generator)
         num_qo_heads = shape.num_kv_heads * shape.group
         self.q = torch.randn(shape.batch, num_qo_heads, shape.head_dim, generator=generator).to(
             shape.dtype
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _uneven_offsets(
+def uneven_offsets(
     shape: Shape, num_layers: int, budget: int, generator: torch.Generator
 ) -> torch.Tensor:
     """int32 [heads + 1]: each head of a layer keeps half to one and a half times the mean.

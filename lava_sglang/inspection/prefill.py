@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from lava_sglang.policy import PromptView
 
@@ -30,9 +30,21 @@ class AttentionPass(Protocol):
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    random_weights: bool = False,
 ) -> Any:
-    """The causal language model of a folder or hub name, for `forward` and `prefill`."""
+    """The causal language model of a folder or hub name, for `forward` and `prefill`.
+
+    random_weights: read the configuration only, as SGLang's `--load-format dummy`.
+    """
+    if random_weights:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(path), dtype=dtype, attn_implementation=ATTENTION
+            )
+        return model.eval()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
     return model.to(device).eval()
 

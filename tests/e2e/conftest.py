@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real model, the oracle over it, and real servers. A module shares one server.
 
-Servers run float32: in bfloat16 two logits often tie exactly, and equality means nothing.
+Servers run float32: in bfloat16 two logits often tie exactly, and equality means nothing. They run
+on the CPU, or with LAVA_TEST_DEVICE=cuda on a GPU; the oracle always runs on the CPU.
 """
 
 import os
@@ -31,6 +32,14 @@ STRICT = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 
+# On a GPU: operators that take float32, and no TF32 in SGLang's Triton kernels.
+DEVICE = os.environ.get("LAVA_TEST_DEVICE", "cpu")
+DEVICE_OPTIONS = {
+    "cpu": ["--device", "cpu", "--sleep-on-idle"],
+    "cuda": ["--attention-backend", "triton", "--sampling-backend", "pytorch"],
+}[DEVICE]
+DEVICE_ENV = {"TRITON_F32_DEFAULT": "ieee", "SGLANG_FORCE_FUSED_OP_BACKEND": "torch"}
+
 StartServer = Callable[..., Any]
 
 
@@ -50,9 +59,11 @@ def start_server(model_dir: Path) -> StartServer:
     def start(
         *options: str, env: dict[str, str] | None = None, model: Path = model_dir
     ) -> Iterator[Server]:
-        arguments = ["--model-path", str(model), "--device", "cpu", "--dtype", "float32"]
-        arguments += ["--sleep-on-idle", "--enable-metrics", *options]
-        with Server(arguments, env=STRICT | (env or {})) as server:
+        arguments = ["--model-path", str(model), "--dtype", "float32", "--enable-metrics"]
+        arguments += [*DEVICE_OPTIONS, *options]
+        with Server(
+            arguments, env=STRICT | (DEVICE_ENV if DEVICE == "cuda" else {}) | (env or {})
+        ) as server:
             yield server
             died = [line for line in server.log_tail(400) if "Scheduler hit an exception" in line]
             assert not died, "\n".join(server.log_tail(60))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace
+from tests.kernels.device import generator
 
 
 class Ops(NamedTuple):
@@ -24,7 +25,7 @@ def check_round_trip(ops: Ops, *, head_floor: int = 0, seed: int = 0) -> None:
     layers, heads, group, head_dim = 3, 2, 3, 64
     prefix, suffix, window, budget, tail = 13, 90, 8, 30, 4
     prompt_len, scaling = prefix + suffix, head_dim**-0.5
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     slots = torch.randperm(200, generator=g) + 1
     arena = torch.randn(layers, 2, 201, heads, head_dim, generator=g)
     queries = 3 * torch.randn(layers, window, heads * group, head_dim, generator=g)
@@ -53,7 +54,14 @@ def check_round_trip(ops: Ops, *, head_floor: int = 0, seed: int = 0) -> None:
         "offsets": torch.stack([torch.zeros_like(kept.offsets), kept.offsets]),
     }
     workspace = DecodeWorkspace(
-        1, heads * group, heads, head_dim, "cpu", num_programs=8, max_splits=4, min_chunk=32
+        1,
+        heads * group,
+        heads,
+        head_dim,
+        torch.get_default_device(),
+        num_programs=8,
+        max_splits=4,
+        min_chunk=32,
     )
     q = torch.randn(1, heads * group, head_dim, generator=g)
     for layer in range(layers):

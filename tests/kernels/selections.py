@@ -10,6 +10,7 @@ import torch
 from lava_sglang.kernels.layer_split import layer_split
 from lava_sglang.kernels.reference import select_ref
 from lava_sglang.kernels.select import Selection
+from tests.kernels.device import generator
 
 SelectFn = Callable[..., Selection]
 
@@ -47,7 +48,7 @@ def random_problem(
     window_size: int = 3,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(scores, layer_counts, budget); with `levels`, many scores are equal."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     scores = torch.rand(layers, heads, tokens, generator=g)
     if levels:
         scores = (scores * levels).floor()

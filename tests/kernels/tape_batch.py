@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.kernels.device import generator
+
 
 @dataclass
 class Request:
@@ -53,7 +55,7 @@ def tape_batch(
     seed: int = 0,
 ) -> TapeBatch:
     """Requests in shuffled rows and slots; stale tables everywhere that must not be read."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     lengths = [r.prefix + r.budget + r.tail for r in requests]
     slots = 1 + sum(lengths) + spare_slots
     arena = torch.randn(layers, 2, slots, kv_heads, head_dim, generator=g).to(dtype)

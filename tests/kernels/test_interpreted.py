@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every file of `interpreted/` under TRITON_INTERPRET=1, one process each."""
+"""Runs every file of `launched/` under TRITON_INTERPRET=1, one process each."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted(Path(__file__).parent.glob("interpreted/test_*.py"))
+FILES = sorted(Path(__file__).parent.glob("launched/test_*.py"))
 ROOT = Path(__file__).parents[2]
 
 

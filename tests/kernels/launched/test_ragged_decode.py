@@ -5,6 +5,7 @@ import torch
 from lava_sglang.kernels import arena as arena_module
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
 from lava_sglang.kernels.reference import ragged_decode_ref
+from tests.kernels.device import DTYPES, FP8
 from tests.kernels.tape_batch import Request, TapeBatch, tape_batch
 
 MIXED = [
@@ -13,13 +14,13 @@ MIXED = [
     Request(prefix=0, budget=33, tail=0, cut="last"),
     Request(prefix=3, budget=32, tail=33, cut="even"),
 ]
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.6e-2}
 
 
 def workspace_for(batch: TapeBatch, num_programs: int = 6) -> DecodeWorkspace:
     bs, num_qo_heads, head_dim = batch.q.shape
     workspace = DecodeWorkspace(
-        bs, num_qo_heads, batch.arena.shape[3], head_dim, "cpu",
+        bs, num_qo_heads, batch.arena.shape[3], head_dim, torch.get_default_device(),
         num_programs=num_programs, max_splits=4, min_chunk=32,
     )  # fmt: skip
     workspace.partial.fill_(float("nan"))
@@ -34,7 +35,7 @@ def check(batch: TapeBatch, layer: int = 1, num_programs: int = 6, **scales: obj
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[batch.q.dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [0, 1])
 def test_mixed_batch(dtype: torch.dtype, layer: int) -> None:
     check(tape_batch(MIXED, dtype=dtype, padding_rows=1), layer)
@@ -100,9 +101,7 @@ def test_output_and_strided_queries() -> None:
 
 @pytest.mark.parametrize("by_bits", [False, True])
 @pytest.mark.parametrize("stored_as_bytes", [False, True])
-@pytest.mark.parametrize(
-    "kv_dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2]
-)
+@pytest.mark.parametrize("kv_dtype", FP8)
 def test_fp8(
     kv_dtype: torch.dtype, stored_as_bytes: bool, by_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lava_sglang.kernels.trim import BLOCK_E, move_ref, move_triton
+from tests.kernels.device import generator
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -11,7 +12,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("count", [1, BLOCK_E, 2 * BLOCK_E + 3])
 def test_moves_whole_entries(itemsize: int, head_dim: int, count: int) -> None:
-    g = torch.Generator().manual_seed(count)
+    g = generator(count)
     arena = torch.randint(0, 100, (3, 2, 40, 2, head_dim), generator=g).to(BITS[itemsize])
     k_rows = (torch.arange(3)[:, None] * 160 + torch.arange(80)).flatten()
     source, target = (k_rows[torch.randperm(240, generator=g)[:count]] for _ in range(2))

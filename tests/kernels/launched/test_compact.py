@@ -4,6 +4,7 @@ import torch
 
 from lava_sglang.kernels.compact import compact_triton
 from lava_sglang.kernels.reference import compact_ref
+from tests.kernels.device import generator
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -29,7 +30,7 @@ def check(
     offsets: torch.Tensor | None = None,
     seed: int = 0,
 ) -> None:
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     prompt_len = 3 * budget + 5
     arena = random_bits((layers, 2, prompt_len + budget + 9, heads, head_dim), dtype, g)
     slots = torch.randperm(arena.shape[2], generator=g)

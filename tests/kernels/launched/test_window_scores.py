@@ -8,8 +8,9 @@ from lava_sglang.kernels import arena as arena_module
 from lava_sglang.kernels import window_scores as module
 from lava_sglang.kernels.reference import window_scores_ref
 from lava_sglang.kernels.window_scores import window_scores_triton
+from tests.kernels.device import DTYPES, generator
 
-RTOL = {torch.float32: 2e-5, torch.float16: 4e-3}
+RTOL = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
 def prompt(
@@ -23,7 +24,7 @@ def prompt(
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(queries, arena, prompt_slots)"""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     slots = prompt_len + 20
     arena = torch.randn(layers, 2, slots, heads, head_dim, generator=g).to(dtype)
     q = torch.randn(layers, queries, heads * group, head_dim, generator=g).to(dtype)
@@ -47,7 +48,7 @@ def check(
     torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_reduce", ["max", "mean"])
 @pytest.mark.parametrize("value_norm", ["token", "head", "none"])
 @pytest.mark.parametrize("root_mean_square", [False, True])

@@ -9,11 +9,12 @@ from lava_sglang.kernels.layer_split import (
     pyramid_weights,
 )
 from lava_sglang.kernels.reference import layer_entropy_ref, layer_split_ref
+from tests.kernels.device import generator
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_equals_the_reference(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     num_layers = int(torch.randint(1, 40, (1,), generator=g))
     cap = int(torch.randint(1, 60, (1,), generator=g))
     weights = torch.rand(num_layers, generator=g)
@@ -36,7 +37,7 @@ def test_extreme_weights_at_full_size(weight: float) -> None:
 
 
 def test_real_size() -> None:
-    weights = pyramid_weights(32)
+    weights = pyramid_weights(32, torch.get_default_device())
     total, cap = 32 * 8 * (4096 - 32), 8 * 16_352
     assert torch.equal(layer_split_triton(weights, total, cap), layer_split(weights, total, cap))
 
@@ -44,7 +45,7 @@ def test_real_size() -> None:
 @pytest.mark.parametrize("shape", [(3, 2, 500), (2, 1, 1), (4, 3, 4096), (2, 5, 4097)])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_entropy(shape: tuple[int, ...], scale: float) -> None:
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     scores = torch.rand(shape, generator=g) ** 8 * scale
     scores[0] = 0.0
     scores[-1, :, ::2] = 0.0

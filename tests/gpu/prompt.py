@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A made-up finished prompt of an 8B model's shape, on the GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from lava_sglang.policy import PromptView
+
+WINDOW = 32
+
+
+def made_up_prompt(
+    prompt_len: int = 3000,
+    prefix_len: int = 200,
+    *,
+    layers: int = 4,
+    heads: int = 8,
+    group: int = 4,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    spare_slots: int = 3000,
+    seed: int = 0,
+) -> PromptView:
+    """Queries that look at some tokens much more than at others, in shuffled slots."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    slots = prompt_len + spare_slots
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, device="cuda")
+
+    return PromptView(
+        arena=random(layers, 2, slots, heads, head_dim).to(dtype),
+        slots=torch.randperm(slots, generator=g, device="cuda")[:prompt_len],
+        queries=(2 * random(layers, WINDOW, heads * group, head_dim)).to(dtype),
+        scaling=torch.full((layers,), head_dim**-0.5, device="cuda"),
+        shared_prefix_len=prefix_len,
+        window_size=WINDOW,
+    )
+
+
+def on_cpu(prompt: PromptView) -> PromptView:
+    """The same entries on the CPU, in float32."""
+    assert prompt.queries is not None and prompt.scaling is not None
+    return prompt._replace(
+        arena=prompt.arena.cpu().float(),
+        slots=prompt.slots.cpu(),
+        queries=prompt.queries.cpu().float(),
+        scaling=prompt.scaling.cpu(),
+    )

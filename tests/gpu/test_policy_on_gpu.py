@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on the GPU keeps what it keeps on the CPU, and never makes the host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.kernels.compact import compact
+from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
+from lava_sglang.kernels.trim import refill, trim
+from lava_sglang.policy import (
+    METHODS,
+    PromptView,
+    choose,
+    keep,
+    keep_again,
+    keep_fewer,
+    kept_places,
+    rank,
+    tape_scores,
+)
+from tests.gpu.prompt import WINDOW, made_up_prompt, on_cpu
+
+BUDGET = 700
+
+
+@contextmanager
+def no_host_read() -> Iterator[None]:
+    """CUDA calls that wait for the device raise."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "random"])
+def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype) -> None:
+    """Sums are exact; near the threshold rounding may swap a few entries. Devices differ in what is
+    random."""
+    prompt = made_up_prompt(dtype=dtype)
+    method = METHODS[name](KVCompressionConfig(method=name))
+    got, want = keep(method, prompt, BUDGET), keep(method, on_cpu(prompt), BUDGET)
+    layers, heads = prompt.num_layers, prompt.num_kv_heads
+    assert int(got.counts.sum()) == layers * heads * BUDGET == int(got.offsets[-1])
+    kept = [
+        {*zip(*(part.tolist() for part in kept_places(found)), strict=True)}
+        for found in (got, want)
+    ]
+    assert len(kept[0]) == len(kept[1]) == layers * heads * BUDGET
+    assert len(kept[0] - kept[1]) <= len(kept[1]) // 500, len(kept[0] - kept[1])
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if n != "streamingllm"])
+def test_a_compression_and_a_trim_read_nothing_back(name: str) -> None:
+    config = KVCompressionConfig(method=name, budget=[0.5, 0.25])
+    method = METHODS[name](config)
+    prompt = made_up_prompt()
+    small = BUDGET // 2
+    for run in range(2):  # the first compiles
+        tape = torch.arange(prompt.arena.shape[2] - BUDGET, prompt.arena.shape[2], device="cuda")
+        with no_host_read() if run else torch.no_grad():
+            ranking = rank(method, prompt)
+            kept = choose(method, ranking, prompt, BUDGET)
+            compact(prompt.arena, prompt.slots, tape, kept.tape_tokens, kept.offsets)
+            scores = tape_scores(prompt, ranking, kept)
+            suffix_len = len(prompt.slots) - prompt.shared_prefix_len
+            fewer = keep_fewer(
+                method, scores, kept.offsets, ranking.layer_weights, suffix_len, WINDOW, small
+            )
+            trim(prompt.arena, tape, fewer.places, small)
+        at_once = choose(method, ranking, prompt, small)
+        assert torch.equal(fewer.offsets, at_once.offsets)
+
+
+def test_a_long_answer_compressed_reads_nothing_back() -> None:
+    method = METHODS["lava"](KVCompressionConfig(method="lava"))
+    prompt = made_up_prompt(layers=2)
+    assert prompt.queries is not None and prompt.scaling is not None
+    slots = torch.arange(prompt.arena.shape[2], device="cuda")
+    prefix, tape, tail, again = (
+        slots[:9].clone(), slots[9 : 9 + BUDGET].clone(), slots[3000:3100].clone(),
+        slots[4000 : 4000 + BUDGET].clone(),
+    )  # fmt: skip
+    offsets = torch.arange(2 * 8 + 1, dtype=torch.int32, device="cuda") * BUDGET
+    for run in range(2):
+        with no_host_read() if run else torch.no_grad():
+            scores = tail_scores(
+                prompt.queries, prompt.arena, prefix, tape, offsets, tail, prompt.scaling, 900,
+                **method.window_options(WINDOW, slots.device),
+            )  # fmt: skip
+            kept = keep_again(method, scores, offsets, WINDOW, BUDGET)
+            owner, index = kept_places(kept)
+            source = tail_rows(prompt.arena, tape, offsets, tail, 900, owner, index)
+            refill(prompt.arena, source, again)
+    assert int(kept.offsets[-1]) == 2 * 8 * BUDGET
+
+
+def test_the_prompt_is_made_as_it_says() -> None:
+    prompt: PromptView = made_up_prompt(50, 3, layers=1)
+    assert prompt.arena.is_cuda and len(prompt.slots.unique()) == 50
