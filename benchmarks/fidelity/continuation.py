@@ -112,11 +112,13 @@ class _KeptPass:
                 if columns is not None:
                     entries = entries[:, columns[layer * heads + head]]
                 keys, values = torch.cat([entries, new[:, row, head]], dim=1)
+                # A copy: CUDA's kernels read a mask from an aligned address.
+                mask = self.mask[:, -len(keys) :].contiguous()
                 output[row, head] = F.scaled_dot_product_attention(
                     groups[row, head][None],
                     keys.expand(1, groups.shape[2], -1, -1),
                     values.expand(1, groups.shape[2], -1, -1),
-                    self.mask[:, -len(keys) :],
+                    mask,
                     scale=scale,
                 )[0]
         return output.flatten(1, 2)
