@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import numpy as np
 import torch
+from decode_shape import DTYPES, Shape, uneven_offsets
 from machine import process_line
 from numba import njit
 from rich.console import Console
@@ -35,28 +36,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.mem_cache.arena import create_arena
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAVA, NATIVE, PLAIN = "lava", "torch_native", "plain read"
 COLORS = {LAVA: "C0", NATIVE: "C3", PLAIN: "C2"}
 MAX_LAYERS = 512
-
-
-@dataclass
-class Shape:
-    """One point of the sweep. Lengths are physical: prefix + budget + tail."""
-
-    batch: int
-    context: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_read(self) -> int:
-        """K and V of every entry, once, of one layer."""
-        entries = self.batch * self.context * self.num_kv_heads
-        return 2 * entries * self.head_dim * self.dtype.itemsize
 
 
 class Batch:
@@ -228,20 +210,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="write the results to this file too")
     add("--plot", type=Path, help="draw the results to this PNG (needs matplotlib)")
     return parser
-
-
-def uneven_offsets(
-    shape: Shape, num_layers: int, budget: int, generator: torch.Generator
-) -> torch.Tensor:
-    """int32 [heads + 1]: each head of a layer keeps half to one and a half times the mean.
-
-    Every layer keeps num_kv_heads * budget entries, so all layers read the same bytes.
-    """
-    share = 0.5 + torch.rand(num_layers, shape.num_kv_heads, generator=generator)
-    ends = (share / share.sum(1, keepdim=True)).cumsum(1) * shape.num_kv_heads * budget
-    ends[:, -1] = shape.num_kv_heads * budget
-    ends += torch.arange(num_layers)[:, None] * shape.num_kv_heads * budget
-    return torch.cat([torch.zeros(1), ends.view(-1).double()]).round().int()
 
 
 def _torch_native() -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_decode import DTYPES, Shape, uneven_offsets
+from decode_shape import DTYPES, Shape, uneven_offsets
 from machine import process_line
 from rich.console import Console
 from rich.table import Table

@@ -46,7 +46,7 @@ class ContextRecords:
             self.add(FULL, None, size, skipped=skipped, continuation=tokens)
         return None if skipped else tokens
 
-    def add(self, method: str, budget: float | None, kept: int, **values: Any) -> None:
+    def add(self, method: str, budget: float | None, kept: float, **values: Any) -> None:
         now = time.process_time()
         record = {
             "context": self.context.name,

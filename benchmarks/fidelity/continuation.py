@@ -31,6 +31,15 @@ def kept_columns(selection: Selection, shared_prefix_len: int = 0) -> Columns:
     return [torch.cat([prefix, piece]) for piece in pieces]
 
 
+def mean_kept(columns: Columns | None, prompt_len: int) -> float:
+    """Entries per layer and head; a whole number as an int."""
+    if columns is None:
+        return prompt_len
+    entries = sum(len(column) for column in columns)
+    whole, rest = divmod(entries, len(columns))
+    return whole if rest == 0 else round(entries / len(columns), 4)
+
+
 @torch.no_grad()
 def continuation_logits(
     model: Any, prefill: Prefill, tokens: Sequence[int], kept: Sequence[Columns | None]
@@ -103,11 +112,13 @@ class _KeptPass:
                 if columns is not None:
                     entries = entries[:, columns[layer * heads + head]]
                 keys, values = torch.cat([entries, new[:, row, head]], dim=1)
+                # A copy: CUDA's kernels read a mask from an aligned address.
+                mask = self.mask[:, -len(keys) :].contiguous()
                 output[row, head] = F.scaled_dot_product_attention(
                     groups[row, head][None],
                     keys.expand(1, groups.shape[2], -1, -1),
                     values.expand(1, groups.shape[2], -1, -1),
-                    self.mask[:, -len(keys) :],
+                    mask,
                     scale=scale,
                 )[0]
         return output.flatten(1, 2)

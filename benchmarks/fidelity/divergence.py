@@ -15,12 +15,13 @@ import torch
 from client import ServerClient
 from context_records import ContextRecords
 from contexts import Context, Cutter
-from continuation import continuation_logits, continuations, greedy
+from continuation import continuation_logits, continuations, greedy, mean_kept
 from divergence_summary import FULL, as_json, tables
 from options import (
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
+    contenders_of,
     integers,
     load_model_and_tokenizer,
     load_tokenizer,
@@ -28,9 +29,9 @@ from options import (
     positive,
     read_server_settings,
     server_variants_of,
-    variants_of,
     write_summary,
 )
+from peers import recorded
 from results import Record, Results
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +39,7 @@ from server_comparison import ServerComparison
 from texts import load_texts
 from torch import Tensor
 from transformers import GenerationConfig
-from variants import Variant, Wanted
+from variants import Contender, Wanted
 
 from lava_sglang.inspection.prefill import prefill
 
@@ -79,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks, context after context, in process."""
-    variants = variants_of(arguments)
+    contenders = contenders_of(arguments)
     model, tokenizer = load_model_and_tokenizer(arguments)
-    pairs = [(variant, budget) for variant in variants for budget in arguments.budgets]
+    pairs = [(contender, budget) for contender in contenders for budget in arguments.budgets]
     for context, missing in _missing(arguments, tokenizer, results, pairs):
         records = ContextRecords(context, arguments.new_tokens, results)
         Comparison(model, records).run(missing, arguments.batch_tokens)
@@ -104,16 +105,16 @@ def _missing(
     arguments: argparse.Namespace,
     tokenizer: Any,
     results: Results,
-    pairs: Sequence[tuple[Variant, float]],
-) -> Iterator[tuple[Context, list[tuple[Variant, float]]]]:
+    pairs: Sequence[tuple[Contender, float]],
+) -> Iterator[tuple[Context, list[tuple[Contender, float]]]]:
     """Contexts with what `results` lacks of them; those whose answer is too short are left out."""
     cutter = Cutter(tokenizer, load_texts(arguments.data), arguments.seed)
     contexts = cutter.contexts(arguments.contexts, arguments.lengths, arguments.new_tokens + 1)
     for context in track(contexts, "Contexts", console=Console(stderr=True)):
         missing = [
-            (variant, budget)
-            for variant, budget in pairs
-            if results.get(context.name, variant.label, budget) is None
+            (contender, budget)
+            for contender, budget in pairs
+            if results.get(context.name, contender.label, budget) is None
         ]
         full = results.get(context.name, FULL, None)
         if missing and not (full and full["skipped"]):
@@ -127,13 +128,15 @@ class Comparison:
         self.model = model
         self.records = records
 
-    def run(self, pairs: Sequence[tuple[Variant, float]], batch_tokens: int) -> None:
-        """Adds a record for each (variant, budget), and one for the full prompt if there is none.
+    def run(self, pairs: Sequence[tuple[Contender, float]], batch_tokens: int) -> None:
+        """Adds a record for each (contender, budget), and one for the full prompt if there is none.
 
         batch_tokens: new tokens in a forward pass, those of all rows together.
         """
-        window_size = max(variant.method.config.window_size for variant, _ in pairs)
-        exact = prefill(self.model, self.records.context.prompt, window_size)
+        contenders = [contender for contender, _ in pairs]
+        window_size = max(contender.window_size for contender in contenders)
+        with recorded(self.model, contenders) as inputs:
+            exact = prefill(self.model, self.records.context.prompt, window_size)
         continuation = self.records.continuation(
             lambda count: greedy(self.model, exact, count, end_tokens(self.model.generation_config))
         )
@@ -143,11 +146,12 @@ class Comparison:
         logits = continuation_logits(self.model, exact, fed, [None])[0]
         expected = logits.float().log_softmax(dim=1)
         wanted = Wanted(pairs, exact.prompt_len)
-        choices = wanted.choices(exact)
+        choices = wanted.choices(exact, inputs)
         for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
             found = compare(expected, row, targets)
+            kept = mean_kept(choices[label, size], exact.prompt_len)
             for budget in wanted.budgets(label, size):
-                self.records.add(label, budget, size, **found)
+                self.records.add(label, budget, kept, **found)
 
 
 def end_tokens(config: Any) -> list[int]:

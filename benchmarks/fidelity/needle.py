@@ -20,6 +20,7 @@ from options import (
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
+    contenders_of,
     integers,
     load_model_and_tokenizer,
     load_tokenizer,
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from texts import load_texts
 from trial import Trial, needle_record
-from variants import Variant
+from variants import Contender
 
 KEY_FIELDS = ("needle", "question", "method", "budget")
 
@@ -70,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks, needle after needle, in process."""
-    variants = variants_of(arguments)
+    contenders = contenders_of(arguments)
     model, tokenizer = load_model_and_tokenizer(arguments)
     for needle in _progress(arguments, tokenizer):
         missing = {
-            question: _missing(results, needle, question, variants, arguments.budgets)
+            question: _missing(results, needle, question, contenders, arguments.budgets)
             for question in arguments.questions
         }
         if any(missing.values()):
@@ -119,14 +120,14 @@ def _missing(
     results: Results,
     needle: Needle,
     question: str,
-    variants: Sequence[Variant],
+    contenders: Sequence[Contender],
     budgets: Sequence[float],
-) -> list[tuple[Variant, float]]:
+) -> list[tuple[Contender, float]]:
     return [
-        (variant, budget)
-        for variant in variants
+        (contender, budget)
+        for contender in contenders
         for budget in budgets
-        if results.get(needle.name, question, variant.label, budget) is None
+        if results.get(needle.name, question, contender.label, budget) is None
     ]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from client import ServerClient
 from machine import commit, cpu_model
+from peers import PREFIX, parse_peers
 from results import Results
 from transformers import AutoTokenizer
 from transformers.utils import logging
-from variants import Variant, parse_budgets, parse_variants
+from variants import Contender, Variant, parse_budgets, parse_variants
 
 from lava_sglang.inspection.prefill import load_model
 from lava_sglang.policy import METHODS
@@ -94,7 +95,19 @@ def load_tokenizer(arguments: argparse.Namespace) -> Any:
 
 
 def variants_of(arguments: argparse.Namespace) -> list[Variant]:
+    """`--methods`, which a server may run too: ours only."""
     return parse_variants(arguments.methods, arguments.config, arguments.methods_from)
+
+
+def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
+    """`--methods` of a run in process: ours and peers, in the order given."""
+    found: list[Contender] = []
+    for spec in arguments.methods:
+        if spec.partition(":")[0] == PREFIX:
+            found += parse_peers(spec, arguments.config)
+        else:
+            found += parse_variants([spec], arguments.config, arguments.methods_from)
+    return found
 
 
 def server_variants_of(arguments: argparse.Namespace) -> list[Variant]:

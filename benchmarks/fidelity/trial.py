@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from continuation import Columns, continuations
+from attention_inputs import AttentionInputs
+from continuation import Columns, continuations, mean_kept
 from haystack import Needle
 from needle_summary import AFTER, FULL, INSIDE
+from peers import recorded
 from results import Record, Results
 from torch import Tensor
-from variants import Variant, Wanted
+from variants import Contender, Wanted
 
 from lava_sglang.inspection.prefill import Prefill, prefill
 
-Pairs = Sequence[tuple[Variant, float]]
+Pairs = Sequence[tuple[Contender, float]]
 
 
 class Trial:
@@ -28,29 +30,41 @@ class Trial:
         self.results = results
 
     def run(self, missing: Mapping[str, Pairs], batch_tokens: int) -> None:
-        """Adds a record for each (variant, budget) of each question, and of the full prompt."""
+        """Adds a record for each (contender, budget) of each question, and of the full prompt."""
         needle = self.needle
-        windows = [v.method.config.window_size for pairs in missing.values() for v, _ in pairs]
+        contenders = [contender for pairs in missing.values() for contender, _ in pairs]
+        window_size = max(contender.window_size for contender in contenders)
         asked = needle.answer_start - needle.question_start
         # The queries of both windows: of the text's last tokens, and of the question's.
-        exact = prefill(self.model, needle.tokens[: needle.answer_start], asked + max(windows))
+        with recorded(self.model, contenders) as inputs:
+            prompt = needle.tokens[: needle.answer_start]
+            exact = prefill(self.model, prompt, asked + window_size)
         if missing.get(INSIDE):
-            self._ask(INSIDE, exact, missing[INSIDE], batch_tokens)
+            self._ask(INSIDE, exact, inputs, missing[INSIDE], batch_tokens)
         if missing.get(AFTER):
-            self._ask(AFTER, exact.without_last(asked), missing[AFTER], batch_tokens)
+            history = exact.without_last(asked)
+            self._ask(AFTER, history, inputs, missing[AFTER], batch_tokens)
 
-    def _ask(self, question: str, exact: Prefill, pairs: Pairs, batch_tokens: int) -> None:
+    def _ask(
+        self,
+        question: str,
+        exact: Prefill,
+        inputs: AttentionInputs | None,
+        pairs: Pairs,
+        batch_tokens: int,
+    ) -> None:
         needle, results = self.needle, self.results
         fed = needle.tokens[exact.prompt_len : -1]
         wanted = Wanted(pairs, exact.prompt_len)
-        choices: dict[tuple[str, int], Columns | None] = {**wanted.choices(exact)}
+        choices: dict[tuple[str, int], Columns | None] = {**wanted.choices(exact, inputs)}
         if results.get(needle.name, question, FULL, None) is None:
             choices[FULL, exact.prompt_len] = None
         for (label, size), row in continuations(self.model, exact, fed, choices, batch_tokens):
             values = score_answer(row, needle.tokens[needle.answer_start :])
+            kept = mean_kept(choices[label, size], exact.prompt_len)
             budgets = [None] if label == FULL else wanted.budgets(label, size)
             for budget in budgets:
-                results.add(needle_record(needle, question, label, budget, size, values))
+                results.add(needle_record(needle, question, label, budget, kept, values))
 
 
 def score_answer(logits: Tensor, answer: Sequence[int]) -> Record:
@@ -74,7 +88,7 @@ def needle_record(
     question: str,
     method: str,
     budget: float | None,
-    kept_tokens: int,
+    kept_tokens: float,
     values: Record,
 ) -> Record:
     return {

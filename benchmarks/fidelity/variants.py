@@ -8,8 +8,9 @@ import math
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
+from attention_inputs import AttentionInputs
 from continuation import Columns, kept_columns
 
 from lava_sglang import policy
@@ -18,17 +19,50 @@ from lava_sglang.inspection.prefill import Prefill
 from lava_sglang.policy import METHODS, Method
 
 
+class Contender(Protocol):
+    """What a run compares: a method of ours, or a peer."""
+
+    @property
+    def label(self) -> str:
+        """How it was asked for; its name in every record."""
+
+    @property
+    def window_size(self) -> int:
+        """Queries of the prompt's last tokens that it reads of a prefill."""
+
+    def kept_tokens(self, budget: float, suffix_len: int) -> int:
+        """b, the entries per layer and head that it is to keep."""
+
+    def choose(
+        self, exact: Prefill, inputs: AttentionInputs | None, budgets: Sequence[int]
+    ) -> list[Columns | None]:
+        """What it keeps of a prompt at each budget b; None where b covers the prompt."""
+
+
 class Variant(NamedTuple):
     """A method with its settings; `label` is how it was asked for."""
 
     label: str
     method: Method
 
+    @property
+    def window_size(self) -> int:
+        return self.method.config.window_size
+
     def kept_tokens(self, budget: float, suffix_len: int) -> int:
-        """b, as a server with pages of one token computes it; the suffix's length if it is less."""
-        settings = self.method.config.model_dump() | {"budget": budget}
-        config = KVCompressionConfig.parse(settings, "{} of a variant".format)
-        return next(iter(config.rungs(suffix_len, 1)), suffix_len)
+        return kept_tokens(self.method.config, budget, suffix_len)
+
+    def choose(
+        self, exact: Prefill, inputs: AttentionInputs | None, budgets: Sequence[int]
+    ) -> list[Columns | None]:
+        return choose(self, exact, budgets)
+
+
+def kept_tokens(config: KVCompressionConfig, budget: float, suffix_len: int) -> int:
+    """b, as a server with pages of one token computes it; the suffix's length if it is less."""
+    settings = config.model_dump() | {"budget": budget}
+    parsed = KVCompressionConfig.parse(settings, "{} of a variant".format)
+    return next(iter(parsed.rungs(suffix_len, 1)), suffix_len)
 
 
 def parse_variants(
@@ -49,11 +83,11 @@ def parse_variants(
 
 
 class Wanted:
-    """What is to be measured of one prompt: variants at budgets, each kept size of each once."""
+    """What is to be measured of one prompt: contenders at budgets, each kept size of each once."""
 
-    def __init__(self, pairs: Iterable[tuple[Variant, float]], suffix_len: int):
+    def __init__(self, pairs: Iterable[tuple[Contender, float]], suffix_len: int):
         self._budgets: dict[tuple[str, int], list[float]] = {}
-        self._sizes: dict[str, tuple[Variant, list[int]]] = {}
+        self._sizes: dict[str, tuple[Contender, list[int]]] = {}
         for variant, budget in pairs:
             size = variant.kept_tokens(budget, suffix_len)
             self._budgets.setdefault((variant.label, size), []).append(budget)
@@ -61,12 +95,14 @@ class Wanted:
             if size not in sizes:
                 sizes.append(size)
 
-    def choices(self, prefill: Prefill) -> dict[tuple[str, int], Columns | None]:
+    def choices(
+        self, exact: Prefill, inputs: AttentionInputs | None
+    ) -> dict[tuple[str, int], Columns | None]:
         """(label, kept tokens) -> the entries; each variant scores the prompt once."""
         return {
             (label, size): columns
             for label, (variant, sizes) in self._sizes.items()
-            for size, columns in zip(sizes, choose(variant, prefill, sizes), strict=True)
+            for size, columns in zip(sizes, variant.choose(exact, inputs, sizes), strict=True)
         }
 
     def budgets(self, label: str, size: int) -> list[float]:
@@ -98,13 +134,18 @@ def _parse(spec: str, settings: Mapping[str, Any], methods: Mapping[str, type[Me
     name, _, options = spec.partition(":")
     if name not in methods:
         raise ValueError(f"method {name!r}: accepts {', '.join(methods)}")
-    own = dict(_option(option) for option in options.split(",") if option)
+    own = parse_options(options)
     # A method of a file is unknown to the settings, which only need to name one.
     registered = name if name in METHODS else RAGGED_METHODS[0]
     config = KVCompressionConfig.parse(
         {**settings, **own, "method": registered}, f"{name}: {{}}".format
     )
     return Variant(spec, methods[name](config))
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """The settings of `FIELD=VALUE,FIELD=VALUE`, values as in JSON. Raises ValueError."""
+    return dict(_option(option) for option in text.split(",") if option)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -182,6 +182,8 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
     scaling: float,
     attention_pass: AttentionPass,
     sliding_window: int | None = None,

@@ -86,8 +86,9 @@ class LavaPrefillAdder(PrefillAdder):
     def add_one_req(
         self, req: LavaReq, has_chunked_req: bool, truncation_align_size: int | None
     ) -> AddReqResult:
-        if self._half_prefilled_waits:
-            # SGLang keeps one half-prefilled request, and takes this one for a second.
+        if self._half_prefilled_waits or (has_chunked_req and self.chunked_req_limit is None):
+            # SGLang keeps one half-prefilled request, and could take this one for a second. It
+            # counts on there being no token or no slot left, and running requests may shrink.
             return AddReqResult.OTHER
 
         def add() -> AddReqResult:

@@ -81,6 +81,8 @@ def test_the_model_takes_what_the_installed_one_takes(target: str) -> None:
         # What `run` returns is what the merge takes.
         ("attention/state.cuh", "return m + math::ptx_log2(d);"),
         ("attention/cascade.cuh", "Both s and s_other are logsumexp values with base 2"),
+        # Each state by its own share, a small one too.
+        ("attention/cascade.cuh", "float other_scale = (d_sum > 0.f) ? s_other_val / d_sum : 0.f"),
         # The mask is read byte by byte.
         ("attention/cascade.cuh", "if (mask != nullptr && mask[pos] == 0) return;"),
     ],

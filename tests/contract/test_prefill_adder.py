@@ -220,3 +220,16 @@ def test_nobody_overtakes_a_half_prefilled_request_that_waits(engine: Engine) ->
     other = matched(engine, 200, first=1000, max_new_tokens=8)
     adder.add_one_req(other, has_chunked_req=True, truncation_align_size=None)
     assert adder.can_run_list == [] and adder.new_chunked_req is None
+
+
+def test_nobody_overtakes_a_half_prefilled_request_of_a_short_chunk(engine: Engine) -> None:
+    """It took what slots there were. More that come by a trim are not another's first chunk."""
+    req = half_prefilled(engine)
+    adder = adder_of(engine, chunk=160)
+    total = adder.memory_budget.total_offset
+    adder.memory_budget.total_offset += int(adder.rem_total_tokens) - 40
+    assert adder.add_chunked_req(req) is req and adder.can_run_list == [req]
+    adder.memory_budget.total_offset = total
+    other = matched(engine, 200, first=1000, max_new_tokens=8)
+    adder.add_one_req(other, has_chunked_req=True, truncation_align_size=None)
+    assert adder.can_run_list == [req] and adder.new_chunked_req is None

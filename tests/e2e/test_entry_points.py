@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -40,8 +40,32 @@ if __name__ == "__main__":
 """
 
 
+class Engine(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
 @pytest.fixture(scope="module")
-def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def engine(
+    model_dir: Path, tokens: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    (prompt,) = cut(tokens, [300], 93_000)
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "engine.py").write_text(ENGINE)
+    command = [sys.executable, str(folder / "engine.py"), str(model_dir), json.dumps(prompt)]
+    # To a file: nobody reads a pipe until the server's tests are done.
+    with (folder / "log").open("w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        yield Engine(running, folder / "log")
+        running.kill()
+        running.wait()
+
+
+@pytest.fixture(scope="module")
+def server(
+    engine: Engine, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Starts beside the engine: each keeps one core busy until it is up."""
     config = {
         **CPU,
         "kv-compression": "adakv",
@@ -110,14 +134,11 @@ def test_the_frontend_language_takes_settings(
     assert found == ["skipped", "compressed"]
 
 
-def test_the_engine_takes_settings(model_dir: Path, tokens: list[int], tmp_path: Path) -> None:
-    (prompt,) = cut(tokens, [300], 93_000)
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE)
-    command = [sys.executable, str(script), str(model_dir), json.dumps(prompt)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(lines) == 1, result.stdout[-2000:] + result.stderr[-4000:]
+def test_the_engine_takes_settings(engine: Engine) -> None:
+    engine.process.wait(timeout=400)
+    output = engine.log.read_text()
+    lines = [line for line in output.splitlines() if line.startswith("FOUND ")]
+    assert len(lines) == 1, output[-6000:]
     on, off = json.loads(lines[0].removeprefix("FOUND "))
     assert (on["method"], on["status"], on["kept_tokens"]) == ("lava", "compressed", 150)
     assert (off["status"], off["reason"]) == ("skipped", "disabled")

@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +148,10 @@ def compile_case(case: Case, chip: str) -> list[Row]:
     return [_row(case.name, kernel, chip) for kernel in unique.values()]
 
 
+def compile_all(chip: str, full: bool) -> list[Row]:
+    return [row for case in cases(full) for row in compile_case(case, chip)]
+
+
 def _row(case: str, kernel: Any, chip: str) -> Row:
     read = _amd_usage if "amdgcn" in kernel.asm else _nvidia_usage
     registers, spills, instructions, scalar_loads = read(kernel)
@@ -213,10 +220,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args(argv)
-    rows: list[Row] = []
-    for chip in args.target:
-        for case in cases(args.full):
-            rows += compile_case(case, chip)
+    # A process each: the active driver belongs to a whole process.
+    workers = min(len(args.target), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        parts = pool.map(functools.partial(compile_all, full=args.full), args.target)
+        rows = [row for part in parts for row in part]
     print(table(rows))
     broken = [row for row in rows if row.problems]
     print(f"{len(rows)} kernels, {len(broken)} with problems")

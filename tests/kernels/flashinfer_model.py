@@ -141,10 +141,12 @@ def merge_state_in_place(
     assert mask.dtype == torch.bool and mask.shape == (len(v),) and mask.is_contiguous()
     top = torch.maximum(s, s_other)
     own, other = torch.exp2(s - top), torch.exp2(s_other - top)
-    share = (own / (own + other))[..., None]
-    merged = (v.float() * share + v_other.float() * (1 - share)).to(v.dtype)
+    total = own + other
+    # As cascade.cuh does: a small share as 1 minus a large one would be rounding error alone.
+    shares = (own / total)[..., None], (other / total)[..., None]
+    merged = (v.float() * shares[0] + v_other.float() * shares[1]).to(v.dtype)
     v[mask] = merged[mask]
-    s[mask] = (top + torch.log2(own + other))[mask]
+    s[mask] = (top + torch.log2(total))[mask]
 
 
 FLASHINFER = SimpleNamespace(
