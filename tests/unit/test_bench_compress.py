@@ -41,8 +41,8 @@ def test_each_prompt_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     from bench_compress import PREFILL, STEPS, TOTAL, measure
 
     arguments = SimpleNamespace(
-        model_path=write_tiny_llama(tmp_path), dtype="float32", device="cpu", load_format="auto", chunk_tokens=32,
-        repeats=3,
+        model_path=write_tiny_llama(tmp_path), dtype="float32", device="cpu", load_format="auto",
+        chunk_tokens=32, repeats=3,
     )  # fmt: skip
     prompts = [Prompt(f"prompt {seed}", random_tokens(60, seed)) for seed in (1, 2)]
     results = list(measure(arguments, CONFIG, prompts))
