@@ -26,6 +26,7 @@ from options import (
     load_model_and_tokenizer,
     load_tokenizer,
     open_results,
+    pairs_of,
     positive,
     read_server_settings,
     server_variants_of,
@@ -80,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks, context after context, in process."""
-    contenders = contenders_of(arguments)
+    pairs = pairs_of(contenders_of(arguments), arguments.budgets)
     model, tokenizer = load_model_and_tokenizer(arguments)
-    pairs = [(contender, budget) for contender in contenders for budget in arguments.budgets]
     for context, missing in _missing(arguments, tokenizer, results, pairs):
         records = ContextRecords(context, arguments.new_tokens, results)
         Comparison(model, records).run(missing, arguments.batch_tokens)

@@ -28,6 +28,7 @@ from options import (
     integers,
     load_model_and_tokenizer,
     open_results,
+    pairs_of,
     variants_of,
     write_summary,
 )
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from texts import load_texts
 from trial import score_answer
-from variants import choose
+from variants import Variant, choose
 
 from lava_sglang.config import Scope
 from lava_sglang.inspection.prefill import prefill
@@ -72,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks: first through servers, then in process."""
+    pairs = pairs_of(variants_of(arguments), arguments.budgets)
     model, tokenizer = load_model_and_tokenizer(arguments)
     cutter = Cutter(tokenizer, load_texts(arguments.data), arguments.seed)
     count, lengths = arguments.conversations, arguments.lengths
     found = list(conversations(cutter, arguments.forms, arguments.kinds, lengths, count))
     choices: list[Choice] = [(FULL, None)]
-    choices += [(v.label, budget) for v in variants_of(arguments) for budget in arguments.budgets]
+    choices += [(variant.label, budget) for variant, budget in pairs]
     for scope, server in _servers(arguments):
         for conversation in track(found, f"Scope {scope}", console=Console(stderr=True)):
             for method, budget in choices:
@@ -86,7 +88,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
                     for record in dialogue.records():
                         results.add({**record, "scope": scope})
     for conversation in track(found, "In process", console=Console(stderr=True)):
-        _ask_after(arguments, model, conversation, results)
+        _ask_after(pairs, model, conversation, results)
 
 
 class Dialogue:
@@ -150,7 +152,10 @@ class Dialogue:
 
 
 def _ask_after(
-    arguments: argparse.Namespace, model: Any, conversation: Conversation, results: Results
+    pairs: Sequence[tuple[Variant, float]],
+    model: Any,
+    conversation: Conversation,
+    results: Results,
 ) -> None:
     """The whole history is compressed, then the question comes: by teacher forcing."""
     # The exact cache replies the same in every scope.
@@ -159,8 +164,7 @@ def _ask_after(
     )
     missing = [
         (variant, budget)
-        for variant in variants_of(arguments)
-        for budget in arguments.budgets
+        for variant, budget in pairs
         if results.get(conversation.name, None, AFTER, variant.label, budget) is None
     ]
     if told is None or not missing:

@@ -25,6 +25,7 @@ from options import (
     load_model_and_tokenizer,
     load_tokenizer,
     open_results,
+    pairs_of,
     variants_of,
     write_summary,
 )
@@ -71,12 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     """Adds what `results` lacks, needle after needle, in process."""
-    contenders = contenders_of(arguments)
+    pairs = pairs_of(contenders_of(arguments), arguments.budgets)
     model, tokenizer = load_model_and_tokenizer(arguments)
     for needle in _progress(arguments, tokenizer):
         missing = {
-            question: _missing(results, needle, question, contenders, arguments.budgets)
-            for question in arguments.questions
+            question: _missing(results, needle, question, pairs) for question in arguments.questions
         }
         if any(missing.values()):
             Trial(model, needle, results).run(missing, arguments.batch_tokens)
@@ -120,13 +120,11 @@ def _missing(
     results: Results,
     needle: Needle,
     question: str,
-    contenders: Sequence[Contender],
-    budgets: Sequence[float],
+    pairs: Sequence[tuple[Contender, float]],
 ) -> list[tuple[Contender, float]]:
     return [
         (contender, budget)
-        for contender in contenders
-        for budget in budgets
+        for contender, budget in pairs
         if results.get(needle.name, question, contender.label, budget) is None
     ]
 

@@ -7,13 +7,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from client import ServerClient
 from machine import commit, cpu_model
 from peers import PREFIX, parse_peers
 from results import Results
+from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import Contender, Variant, parse_budgets, parse_variants
@@ -22,6 +23,8 @@ from lava_sglang.inspection.prefill import load_model
 from lava_sglang.policy import METHODS
 
 BUDGETS = "64,128,256,512,0.25"
+
+AnyContender = TypeVar("AnyContender", bound=Contender)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +111,31 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
         else:
             found += parse_variants([spec], arguments.config, arguments.methods_from)
     return found
+
+
+def pairs_of(
+    contenders: Sequence[AnyContender], budgets: Sequence[float]
+) -> list[tuple[AnyContender, float]]:
+    """Each contender at each budget, but for numbers of tokens that do not exceed its window.
+
+    Those are named on stderr, one line a contender. Raises ValueError if they are all there is.
+    """
+    pairs: list[tuple[AnyContender, float]] = []
+    left_out: list[str] = []
+    for contender in contenders:
+        window = contender.always_kept
+        low = [budget for budget in budgets if 1 < budget <= window]
+        pairs += [(contender, budget) for budget in budgets if budget not in low]
+        if low:
+            tokens = ",".join(f"{budget:g}" for budget in low)
+            reason = f"--budgets {tokens}: must exceed its window {window}"
+            left_out.append(f"{contender.label}: {reason}")
+    if left_out and not pairs:
+        raise ValueError("; ".join(left_out))
+    console = Console(stderr=True)
+    for line in left_out:
+        console.print(f"Left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    return pairs
 
 
 def server_variants_of(arguments: argparse.Namespace) -> list[Variant]:

@@ -63,13 +63,16 @@ class Peer:
     """A press with its settings; `label` is how it was asked for."""
 
     label: str
-    config: KVCompressionConfig  # turns a budget into b, as for our own methods
+    config: KVCompressionConfig  # turns a fraction into b, as for our own methods
     new_press: Callable[..., Any]  # score_once=False: as kvpress makes it
     needs_attention: bool
+    always_kept: int  # the press's window
     window_size: int = 1  # it makes its own queries
 
     def kept_tokens(self, budget: float, suffix_len: int) -> int:
         """b, the same number as for our own methods."""
+        if budget > 1:  # whatever our window
+            return min(int(budget), suffix_len)
         return kept_tokens(self.config, budget, suffix_len)
 
     @torch.no_grad()
@@ -157,7 +160,16 @@ def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Pe
 
     config = KVCompressionConfig.parse({**(settings or {})}, f"{spec}: {{}}".format)
     kind = ReplayingPeer if outer in REPLAYERS else Peer
-    return [kind(spec, config, new_press, needs_attention=chain[-1] == "ObservedAttention")]
+    scorer = classes[-1](**own[-1])
+    return [
+        kind(
+            spec,
+            config,
+            new_press,
+            needs_attention=chain[-1] == "ObservedAttention",
+            always_kept=getattr(scorer, "window_size", 0),
+        )
+    ]
 
 
 @contextmanager

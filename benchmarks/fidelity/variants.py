@@ -30,6 +30,10 @@ class Contender(Protocol):
     def window_size(self) -> int:
         """Queries of the prompt's last tokens that it reads of a prefill."""
 
+    @property
+    def always_kept(self) -> int:
+        """The prompt's last tokens that every budget includes; a number of tokens exceeds them."""
+
     def kept_tokens(self, budget: float, suffix_len: int) -> int:
         """b, the entries per layer and head that it is to keep."""
 
@@ -48,6 +52,10 @@ class Variant(NamedTuple):
     @property
     def window_size(self) -> int:
         return self.method.config.window_size
+
+    @property
+    def always_kept(self) -> int:
+        return self.window_size
 
     def kept_tokens(self, budget: float, suffix_len: int) -> int:
         return kept_tokens(self.method.config, budget, suffix_len)

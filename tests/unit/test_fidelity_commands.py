@@ -139,6 +139,31 @@ def test_bad_methods_and_budgets_are_named(
     assert "budget '1.5': accepts a fraction in (0, 1]" in capsys.readouterr().err
 
 
+def test_a_budget_within_the_window_is_left_out(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says so; the other pairs of the sweep are measured."""
+    wide = "lava_span:window_size=24"
+    methods = ["--methods", "lava", wide]
+    divergence.main([*options, *methods, "--contexts", "1", "--lengths", "160"])
+    left_out = f"Left out: {wide}: --budgets 24: must exceed its window 24"
+    assert capsys.readouterr().err.splitlines().count(left_out) == 1
+    pairs = [(r["method"], r["budget"]) for r in records(tmp_path) if r["method"] != "full"]
+    assert pairs == [("lava", 24), ("lava", 0.25), ("lava", 1), (wide, 0.25), (wide, 1)]
+
+    needles = ["--needles", "1", "--lengths", "300", "--kinds", "digits3", "--no-resume"]
+    needle.main([*options, *methods, *needles])
+    assert left_out in capsys.readouterr().err.splitlines()
+    found = {(r["method"], r["budget"]) for r in records(tmp_path) if r["method"] != "full"}
+    assert found == set(pairs)
+
+
+def test_budgets_all_within_the_window_are_refused(options: list[str]) -> None:
+    run = [*options, "--budgets", "8,16", "--methods", "lava", "lava_span:window_size=20"]
+    with pytest.raises(ValueError, match="lava: --budgets 8,16: must exceed its window 16; lava_s"):
+        divergence.main(run)
+
+
 def test_methods_of_a_file(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"

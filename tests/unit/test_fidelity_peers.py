@@ -16,6 +16,7 @@ import needle
 import pytest
 import torch
 from continuation import mean_kept
+from options import pairs_of
 from peers import (
     PeerError,
     attention_weights,
@@ -59,6 +60,11 @@ class ObservedAttentionPress(KnormPress):
     def score(self, module: Any, hidden: Any, keys: Any, values: Any, *more: Any) -> Tensor:
         attentions: Tensor = more[0]
         return attentions.sum(2).unflatten(1, (keys.shape[1], -1)).mean(2)
+
+
+@dataclass
+class SnapKVPress(KnormPress):
+    window_size: int = 64
 
 
 @dataclass
@@ -124,7 +130,8 @@ class KVzipPress:
 @pytest.fixture(autouse=True)
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("kvpress")
-    for press in (KnormPress, StreamingLLMPress, ObservedAttentionPress, AdaKVPress, KVzipPress):
+    presses = (KnormPress, SnapKVPress, StreamingLLMPress, ObservedAttentionPress)
+    for press in (*presses, AdaKVPress, KVzipPress):
         setattr(module, press.__name__, press)
     monkeypatch.setitem(sys.modules, "kvpress", module)
     return module
@@ -225,11 +232,31 @@ def test_an_unknown_press_is_named(spec: str) -> None:
 
 
 def test_without_kvpress_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PeerError, match="this kvpress has no SnapKVPress"):
-        parse_peers("kvpress:SnapKV")
+    with pytest.raises(PeerError, match="this kvpress has no KeyDiffPress"):
+        parse_peers("kvpress:KeyDiff")
     monkeypatch.setitem(sys.modules, "kvpress", None)
     with pytest.raises(PeerError, match=r"needs kvpress .*pip install .*kvpress==\d"):
         parse_peers("kvpress")
+
+
+def test_a_budget_exceeds_the_window_of_the_press_not_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    specs = ["kvpress:Knorm", "kvpress:SnapKV", "kvpress:SnapKV:window_size=32", "kvpress:AdaKV"]
+    peers = [peer for spec in specs for peer in parse_peers(spec, {"window_size": 100})]
+    pairs = pairs_of(peers, [32, 64, 65, 0.25])
+    found = [(peer.label, budget, peer.kept_tokens(budget, 1000)) for peer, budget in pairs]
+    assert found == [
+        *((specs[0], budget, kept) for budget, kept in ((32, 32), (64, 64), (65, 65), (0.25, 250))),
+        *((specs[1], budget, kept) for budget, kept in ((65, 65), (0.25, 250))),
+        *((specs[2], budget, kept) for budget, kept in ((64, 64), (65, 65), (0.25, 250))),
+        *((specs[3], budget, kept) for budget, kept in ((65, 65), (0.25, 250))),
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        "Left out: kvpress:SnapKV: --budgets 32,64: must exceed its window 64",
+        "Left out: kvpress:SnapKV:window_size=32: --budgets 32: must exceed its window 32",
+        "Left out: kvpress:AdaKV: --budgets 32,64: must exceed its window 64",
+    ]
 
 
 def test_changed_entries_are_refused(model: Any) -> None:
