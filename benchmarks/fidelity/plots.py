@@ -25,7 +25,8 @@ def plot_divergence(records: Iterable[Record], path: Path, reference: str) -> No
     by_budget = divergence_cells(list(records), reference)
     tokens = [budget for budget in by_budget if budget > 1]
     methods = dict.fromkeys(method for budget in tokens for method in by_budget[budget])
-    figure, (kl, ratio) = plt.subplots(1, 2, figsize=(2 * PANEL[0], PANEL[1]), layout="constrained")
+    size = (2 * PANEL[0] + 2, PANEL[1])  # 2 for the legend, which covers no line
+    figure, (kl, ratio) = plt.subplots(1, 2, figsize=size, layout="constrained")
     for number, method in enumerate(methods):
         at = [budget for budget in tokens if method in by_budget[budget]]
         _line(kl, number, method, at, [by_budget[budget][method].kl for budget in at])
@@ -38,7 +39,7 @@ def plot_divergence(records: Iterable[Record], path: Path, reference: str) -> No
     for axes in (kl, ratio):
         axes.set_yscale("log")
         _budget_axis(axes, tokens)
-    kl.legend(fontsize="small")
+    figure.legend(*kl.get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     _save(figure, path)
 
 

@@ -43,6 +43,9 @@ from lava_sglang.policy import (
 
 logger = logging.getLogger(__name__)
 
+WARM_UP_TOKENS = 64
+"""Tokens before the window of the prompt that `Compressor.warm_up` makes up."""
+
 
 @cache
 def method_of(config: KVCompressionConfig) -> Method:
@@ -58,7 +61,9 @@ class Compressor:
     def __init__(self, runner: Any, tape: TapeTable, scores: ScoreTable | None):
         self.kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        scaling = [layer.scaling for layer in attention_layers(runner.model)]
+        layers = attention_layers(runner.model)
+        self.num_qo_heads = [layer.tp_q_head_num for layer in layers]
+        scaling = [layer.scaling for layer in layers]
         self.scaling = torch.tensor(scaling, dtype=torch.float32, device=self.kv_pool.device)
         self.timer = StreamTimer(self.kv_pool.device)
         self.tape = tape
@@ -67,6 +72,40 @@ class Compressor:
     def attach_scheduler(self, scheduler: Any) -> None:
         self.stream = ForwardStream(scheduler)
         self.tree_cache = scheduler.tree_cache
+
+    def warm_up(self, config: KVCompressionConfig) -> None:
+        """Compile and load what a compression launches now, and not at the first request.
+
+        Compresses a made-up prompt whose tokens all lie in slot 0, SGLang's padding. Mutates
+        nothing else.
+        """
+        arena, window_size, method = self.kv_pool.arena, config.window_size, method_of(config)
+        num_layers, _, _, _, head_dim = arena.shape
+        budget = window_size + WARM_UP_TOKENS // 2
+        slots = torch.zeros(window_size + WARM_UP_TOKENS, dtype=torch.int64, device=arena.device)
+        prompt = PromptView(
+            arena=arena,
+            slots=slots,
+            queries=arena.new_zeros(num_layers, window_size, self.num_qo_heads[0], head_dim),
+            scaling=self.scaling,
+            shared_prefix_len=0,
+            window_size=window_size,
+        )
+        ranking = rank(method, prompt)
+        kept = choose(method, ranking, prompt, budget)
+        compact(arena, slots, slots[:budget], kept.tape_tokens, kept.offsets)
+        if self.scores is not None:
+            scores = tape_scores(prompt, ranking, kept)
+            fewer = keep_fewer(
+                method,
+                scores,
+                kept.offsets,
+                ranking.layer_weights,
+                len(slots),
+                window_size,
+                window_size + 1,
+            )
+            trim(arena, slots[:budget], fewer.places, window_size + 1)
 
     def compress(self, req: LavaReq, budget: int) -> bool:
         """Copy what the request's method keeps of its suffix to `budget` fresh slots.

@@ -88,6 +88,11 @@ class KVCompressionCoordinator:
         self.compressor.attach_scheduler(scheduler)
         self.demand = Demand(scheduler)
 
+    def warm_up(self) -> None:
+        """Compile and load the kernels of a compression, before the server is ready."""
+        assert self.compressor is not None
+        self.compressor.warm_up(self.config)
+
     def seconds(self) -> list[float]:
         """Of each compression and trim that has ended since the last call."""
         return [] if self.compressor is None else self.compressor.timer.take()

@@ -46,6 +46,7 @@ class LavaScheduler(Scheduler):
         super().__init__(server_args, *args, **kwargs)
         compat.refuse(compat.scheduler_reasons(self))
         self.kv_compression.attach_scheduler(self)
+        self.kv_compression.warm_up()
         if self.metrics_reporter.enable_metrics:
             self.kv_compression.stats.prometheus = PrometheusSeries(self.metrics_collector.labels)
         logger.info("KV compression: %s", self.kv_compression_config)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers.compressor import method_of
 from lava_sglang.managers.request import SkipReason
 from lava_sglang.managers.stream import ForwardStream
+from lava_sglang.policy import METHODS
 from tests.contract.engine import CONFIG, Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
@@ -21,6 +23,23 @@ SNAPKV = CONFIG.model_copy(update={"method": "snapkv"})
 @pytest.fixture(params=[1, 16], ids="page {}".format)
 def engine(request: pytest.FixtureRequest) -> Engine:
     return build_engine(request.param)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [0.25, (0.5, 0.25)])
+def test_warming_up_writes_to_the_padding_only(method: str, budget: float | tuple[float]) -> None:
+    if method == "streamingllm":
+        budget = 0.25  # takes no ladder
+    config = KVCompressionConfig(method=method, window_size=4, budget=budget)
+    engine = build_engine(1, config=config)
+    req = engine.request(range(1, 60), CONFIG.model_copy(update={"method": "snapkv"}))
+    assert engine.admit(req)
+    engine.extend((req, None))
+    arena, offsets = engine.pool.arena.clone(), engine.tape.offsets.clone()
+    engine.coordinator.warm_up()
+    assert torch.equal(engine.pool.arena[:, :, 1:], arena[:, :, 1:])
+    assert torch.equal(engine.tape.offsets, offsets)
+    engine.check()
 
 
 def test_a_finished_prefill_is_compressed_counted_and_lets_its_window_go(engine: Engine) -> None:
