@@ -37,7 +37,7 @@ demo: model
 
 serve: model
 	$(BIN)/lava-sglang serve --model-path $(MODEL_DIR) --port $(PORT) -- \
-	    --kv-compression lava --enable-metrics $(ARGS)
+	    --kv-compression lava_span --enable-metrics $(ARGS)
 
 test: venv
 	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)

@@ -45,7 +45,7 @@ class ComparisonSettings:
         add(
             "--method",
             choices=METHOD_CHOICES[1:],
-            default="lava",
+            default="lava_span",
             help="what to keep (%(default)s)",
         )
         add("--budget", type=float, default=0.125, help="part of the prompt to keep (%(default)s)")
