@@ -144,13 +144,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[Shape, dict[str, Ti
                 Console(stderr=True).print(f"{batch_size} x {context} is left out: no memory")
                 continue
             batch = Batch(shape, arguments.layers)
-            graphs = {n: captured(r, arguments.layers) for n, r in batch.readers().items()}
+            readers = batch.readers()  # they own what the graphs read
+            graphs = {name: captured(read, arguments.layers) for name, read in readers.items()}
             timings = {name: Timing() for name in READERS if name in graphs}
             for _ in range(arguments.rounds):
                 for name, timing in timings.items():
                     timing.samples.append(_seconds(graphs[name]))
             yield shape, timings
-            del batch, graphs
+            del batch, readers, graphs
             torch.cuda.empty_cache()
 
 
