@@ -100,7 +100,8 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
     choices: list[Choice] = [(FULL, None)]
     choices += [(v.label, b) for v in server_variants_of(arguments) for b in arguments.budgets]
     names = task_names(arguments.tasks)
-    fitter = Fitter(load_tokenizer(arguments), arguments.max_length)
+    tokenizer = load_tokenizer(arguments)
+    fitter = Fitter(tokenizer, arguments.max_length, arguments.template_options)
     console = Console(stderr=True)
     with console.status("Samples"):
         wanted = (arguments.data, arguments.lengths, arguments.samples, arguments.seed)

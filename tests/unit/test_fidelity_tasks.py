@@ -21,7 +21,7 @@ from tasksets.suites import RULER, SUITES, samples, task_names
 from lava_sglang.demo.passages import PassageError
 from lava_sglang.server_process import Server
 from tests.unit.tiny_llama import write_tiny_llama
-from tests.unit.tiny_tokenizer import tiny_tokenizer, write_tiny_tokenizer
+from tests.unit.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_tokenizer
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
 TOKENIZER = tiny_tokenizer()
@@ -176,6 +176,23 @@ def test_rows_are_cut_in_the_middle_to_fit(data: Path) -> None:
     assert question.prompt.endswith(
         "examples of questions.\n\nQuestion: a\nType: Place\nWho wrote?"
     )
+
+
+def test_what_the_chat_format_adds_by_its_options_counts(data: Path) -> None:
+    template = f"{{% if not enable_thinking %}}<no thinking>{{% endif %}}{CHAT_TEMPLATE}"
+    tokenizer = tiny_tokenizer(chat_template=template)
+    added = len("<no thinking>")
+    sizes = []
+    for options in ({"enable_thinking": True}, {"enable_thinking": False}):
+        fitter = Fitter(tokenizer, 1200, options)
+        (paper,) = samples(["qasper"], str(data), [], 1, 0, fitter)
+        asked = [{"role": "user", "content": paper.prompt}]
+        text = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, **options
+        )
+        assert len(fitter.encode(text)) == fitter.count(paper) == 1200 - paper.max_new_tokens
+        sizes.append(len(paper.prompt))
+    assert sizes[0] - sizes[1] == added
 
 
 def test_characters_that_fall_apart_are_cut_too() -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Metric = Callable[[str, "Sample"], float]
@@ -31,12 +31,16 @@ class Sample(NamedTuple):
 class Fitter:
     """Counts the tokens of samples in the model's format, and cuts the middle of long ones.
 
-    tokenizer: of transformers. max_length: prompt and reply together, tokens.
+    tokenizer: of transformers. max_length: prompt and reply together, tokens. template_options:
+    variables of its chat template, those that the server gets.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int):
+    def __init__(
+        self, tokenizer: Any, max_length: int, template_options: Mapping[str, Any] | None = None
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.template_options = dict(template_options or {})
 
     def as_asked(self, sample: Sample) -> Sample:
         """Without a chat format if the model has none, and no longer than fits."""
@@ -78,6 +82,9 @@ class Fitter:
         if sample.raw or not self.tokenizer.chat_template:
             return around + len(self.tokenizer.encode(""))
         empty = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": ""}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.template_options,
         )
         return around + len(self.encode(empty))
