@@ -26,7 +26,7 @@ from options import (
     load_tokenizer,
     open_results,
     pairs_of,
-    variants_of,
+    server_variants_of,
     write_summary,
 )
 from results import Record, Results
@@ -87,7 +87,7 @@ def measure_server(arguments: argparse.Namespace, results: Results) -> None:
 
     The question is inside the prompt; nothing can come after it within one request.
     """
-    variants = variants_of(arguments)
+    variants = server_variants_of(arguments)
     tokenizer = load_tokenizer(arguments)
     with ServerClient(arguments.server) as server:
         for needle in _progress(arguments, tokenizer):

@@ -156,6 +156,24 @@ def test_needles_on_a_server(
         needle.main([*options, *run, "--methods", "snapkv", "--results", str(path)])
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "lava:pool_width=15"], r"--methods lava:pool_width=15: accepts lava, "),
+        (["--config", '{"pool_width": 15}'], "--config and --methods-from: not with --server"),
+        (["--methods-from", "mine.py"], "--config and --methods-from: not with --server"),
+    ],
+)
+def test_settings_of_methods_belong_to_the_server(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    server = FakeServer()
+    monkeypatch.setattr(needle, "ServerClient", lambda url: server)
+    with pytest.raises(ValueError, match=message):
+        needle.main([*options, "--server", "http://a", *more])
+    assert server.log == []
+
+
 def answering(client_: ServerClient, handler: Any) -> None:
     client_._http = httpx.Client(transport=httpx.MockTransport(handler), base_url="http://a")
 
