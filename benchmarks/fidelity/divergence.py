@@ -18,6 +18,7 @@ from contexts import Context, Cutter
 from continuation import continuation_logits, continuations, greedy, mean_kept
 from divergence_summary import FULL, as_json, tables
 from options import (
+    add_batch_argument,
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     add_method_arguments(parser)
+    add_batch_argument(parser)
     add_result_arguments(parser)
     parser.add_argument("--contexts", type=int, default=100, help="prompts (default 100)")
     parser.add_argument("--lengths", type=integers, default="1024,2048,4096", help="prompt tokens")
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(results, arguments.reference):
         console.print(table)
-    write_summary(arguments, as_json(results, arguments.reference))
+    write_summary(arguments, as_json(results, arguments.reference), arguments.server)
     if arguments.plot is not None:
         from plots import plot_divergence
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = open_results(arguments, KEY_FIELDS, "later_turn", "min_tokens")
     measure(arguments, results)
     Console().print(table(results))
-    write_summary(arguments, as_json(results))
+    write_summary(arguments, as_json(results), arguments.url)
 
 
 def measure(arguments: argparse.Namespace, results: Results) -> None:

@@ -17,6 +17,7 @@ from contexts import Cutter
 from haystack import KINDS, Needle, needles
 from needle_summary import AFTER, FULL, INSIDE, as_json, tables
 from options import (
+    add_batch_argument,
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     add_method_arguments(parser)
+    add_batch_argument(parser)
     add_result_arguments(parser)
     parser.add_argument("--server", metavar="URL", help="measure a running server of lava-sglang")
     parser.add_argument("--needles", type=int, default=30, help="of every kind (default 30)")
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(results):
         console.print(table)
-    write_summary(arguments, as_json(results))
+    write_summary(arguments, as_json(results), arguments.server)
     if arguments.plot is not None:
         from plots import plot_needles
 

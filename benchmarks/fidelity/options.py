@@ -27,11 +27,13 @@ BUDGETS = "64,128,256,512,0.25"
 AnyContender = TypeVar("AnyContender", bound=Contender)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, in_process: bool = True) -> None:
+    """in_process: whether the command may run the model itself."""
     group = parser.add_argument_group("model and text")
     group.add_argument("--model-path", required=True, help="Hugging Face folder or hub name")
-    group.add_argument("--dtype", default="float32", help="of the model and its KV")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    if in_process:
+        group.add_argument("--dtype", default="float32", help="of the model and its KV")
+        group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument(
         "--data",
         help="folder of .txt books and LongBench .jsonl files, or 'hub' for PG-19 and LongBench "
@@ -64,7 +66,10 @@ def add_method_arguments(
         default=budgets,
         help=f"tokens, or fractions of the prompt, window included (default {budgets})",
     )
-    group.add_argument(
+
+
+def add_batch_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--batch-tokens", type=int, default=512, help="new tokens in a forward pass, all rows"
     )
 
@@ -161,17 +166,27 @@ def read_server_settings(arguments: argparse.Namespace) -> None:
 def open_results(
     arguments: argparse.Namespace, key_fields: tuple[str, ...], command: str, *fields: str
 ) -> Results:
-    """`--results`, for these settings: model, dtype, seed, `--config` and the named options."""
-    names = ("model_path", "dtype", "seed", "config", *fields)
+    """`--results`, for these settings: model, seed, `--config`, dtype if there is one, and the
+    named options."""
+    dtype = ("dtype",) if "dtype" in arguments else ()
+    names = ("model_path", *dtype, "seed", "config", *fields)
     settings = {"command": command} | {name: getattr(arguments, name) for name in names}
     return Results(arguments.results, key_fields, settings, arguments.resume)
 
 
-def write_summary(arguments: argparse.Namespace, summary: Any) -> None:
-    """To `--json`, if given, with the machine and commit that it belongs to."""
-    if arguments.json is not None:
-        made = {"machine": cpu_model(), "device": arguments.device, "commit": commit()}
-        arguments.json.write_text(json.dumps({**made, "summary": summary}, indent=2) + "\n")
+def write_summary(arguments: argparse.Namespace, summary: Any, server: str | None = None) -> None:
+    """To `--json`, if given, with the commit and machine that it belongs to.
+
+    server: the URL of one that was measured; the machine is then its client's.
+    """
+    if arguments.json is None:
+        return
+    if server is None:
+        made = {"machine": cpu_model(), "device": arguments.device}
+    else:
+        made = {"server": server, "client_machine": cpu_model()}
+    report = {**made, "commit": commit(), "summary": summary}
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def integers(text: str) -> list[int]:

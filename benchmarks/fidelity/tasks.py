@@ -45,7 +45,7 @@ Choice = tuple[str, float | None]  # method, budget
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_model_arguments(parser)
+    add_model_arguments(parser, in_process=False)
     add_method_arguments(parser, methods=["lava_span", "lava"], budgets="0.25,0.125")
     add_result_arguments(parser)
     parser.add_argument("--server", metavar="URL", required=True, help="of lava-sglang")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(results):
         console.print(table)
-    write_summary(arguments, as_json(results))
+    write_summary(arguments, as_json(results), arguments.server)
     if arguments.plot is not None:
         from plots import plot_tasks
 

@@ -145,7 +145,11 @@ def test_needles_on_a_server(
     monkeypatch.setattr(needle, "ServerClient", lambda url: server)
     path = tmp_path / "run.jsonl"
     run = ["--server", "http://a", "--needles", "2", "--lengths", "900", "--budgets", "64"]
-    needle.main([*options, *run, "--methods", "lava", "--results", str(path)])
+    summary = tmp_path / "summary.json"
+    files = ["--results", str(path), "--json", str(summary)]
+    needle.main([*options, *run, "--methods", "lava", *files])
+    report = json.loads(summary.read_text())
+    assert report["server"] == "http://a" and "device" not in report
     results = [json.loads(line) for line in path.read_text().splitlines()][1:]
     assert len(results) == 2 * 4 * 2
     assert all(record["exact_match"] == 1 for record in results)

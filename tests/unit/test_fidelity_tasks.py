@@ -292,17 +292,18 @@ def test_a_run_measures_what_is_missing(
     options += ["--results", str(path), "--json", str(summary), "--plot", str(plot)]
     options += ["--concurrency", "3", "--budgets", "0.25,64", "--methods", "lava"]
     tasks.main([*options, "--samples", "2"])
-    found = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    header, *found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert "dtype" not in header["settings"], "it is the server's"
     assert len(found) == (2 + 2) * 3
     for record in found:
         assert record["compressed"] == (record["method"] == "lava")
         # The fake server echoes the prompt, needle and all, unless it compressed it.
         if record["task"] != "qasper":
             assert record["score"] == (record["method"] == "full")
-    written = {
-        (cell["task"], cell["method"], cell["budget"]): cell
-        for cell in json.loads(summary.read_text())["summary"]
-    }
+    report = json.loads(summary.read_text())
+    assert set(report) == {"server", "client_machine", "commit", "summary"}
+    assert report["server"] == server.url
+    written = {(cell["task"], cell["method"], cell["budget"]): cell for cell in report["summary"]}
     assert written["niah_single_1@2000", "full", None]["score"]["value"] == 100
     assert written["niah_single_1@2000", "lava", 64]["difference"]["value"] == -100
     assert -100 < written[AVERAGE, "lava", 64]["difference"]["value"] < -49
@@ -325,6 +326,10 @@ def test_a_run_measures_what_is_missing(
     assert asked[0][1] == {"enabled": False}
     with pytest.raises(ValueError, match=r"--methods lava:pool_width=3: accepts lava, "):
         tasks.main([*options, "--methods", "lava:pool_width=3"])
+    for unused in ("--device=cpu", "--dtype=float32", "--batch-tokens=64"):
+        with pytest.raises(SystemExit):
+            tasks.main([*options, unused])
+        assert f"unrecognized arguments: {unused}" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_not_compressed_is_an_error(
