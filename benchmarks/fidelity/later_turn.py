@@ -52,7 +52,7 @@ Choice = tuple[str, float | None]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
-    add_method_arguments(parser, methods=["lava"], budgets="128,0.25")
+    add_method_arguments(parser, methods=["lava_span"], budgets="128,0.25")
     add_result_arguments(parser, plot=False)
     parser.add_argument("--url", help="a running server; default: starts its own, one per scope")
     parser.add_argument(

@@ -130,9 +130,9 @@ def test_later_turn_asks_in_four_ways(
         for turn in (INSIDE, AFTER, KEPT, EVICTED)
     ]
     for (_, turn, _), by_choice in found.items():
-        assert ("lava", 64) in by_choice
+        assert ("lava_span", 64) in by_choice
         if turn != AFTER:  # a random model knows nothing
-            assert by_choice["full", None].value == by_choice["lava", 64].value == 1
+            assert by_choice["full", None].value == by_choice["lava_span", 64].value == 1
     monkeypatch.setattr(later_turn, "Dialogue", None)
     later_turn.main([*options, *run, "--results", str(path)])
     assert len(path.read_text().splitlines()) == 1 + len(records)
