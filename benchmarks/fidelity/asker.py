@@ -37,7 +37,7 @@ class Asker:
             text, meta = await self._generate(sample, custom_params)
         else:
             text, meta = await self._chat(sample, custom_params)
-        info = meta.get("kv_compression", {"status": "skipped", "reason": "no plugin"})
+        info = meta["kv_compression"]
         compressed, reason = info["status"] == "compressed", info.get("reason", "")
         wanted = kv_compression.get("enabled", True)
         if wanted and not compressed and reason not in NOTHING_TO_DROP:

@@ -83,13 +83,13 @@ class Peer:
         assert inputs is not None
         wanted = [budget for budget in budgets if budget < exact.prompt_len]
         chosen: dict[int, Columns] = {budget: [] for budget in wanted}
-        for layer in inputs.layers(exact):
-            press = self.new_press()  # it scores a layer once, for all budgets
-            layer.module.rotary_emb = inputs.rotary_emb  # as kvpress does
-            attention = attention_weights(layer) if self.needs_attention and wanted else None
-            for budget in wanted:
-                press.compression_ratio = removed_share(budget, exact.prompt_len)
-                chosen[budget] += compress(press, layer, attention)
+        with rotary_in_layers(inputs):
+            for layer in inputs.layers(exact):
+                press = self.new_press()  # it scores a layer once, for all budgets
+                attention = attention_weights(layer) if self.needs_attention and wanted else None
+                for budget in wanted:
+                    press.compression_ratio = removed_share(budget, exact.prompt_len)
+                    chosen[budget] += compress(press, layer, attention)
         return [chosen.get(budget) for budget in budgets]
 
 
@@ -120,7 +120,7 @@ class ReplayingPeer(Peer):
         if wanted:
             press.compress_post = compress_post
             press.compression_ratio = removed_share(wanted[0], exact.prompt_len)
-            with stock_attention(inputs.model), press(inputs.model):
+            with rotary_in_layers(inputs), stock_attention(inputs.model), press(inputs.model):
                 tokens = inputs.tokens(exact)
                 inputs.model.model(input_ids=tokens, past_key_values=DynamicCache())
         return [chosen.get(budget) for budget in budgets]
@@ -223,6 +223,22 @@ def unmasked(module: Any, heads: int, prompt_len: int) -> Columns:
     if masked is not None:
         keep[masked[1].to(keep.device), masked[2].to(keep.device)] = False
     return [head.nonzero()[:, 0] for head in keep]
+
+
+@contextmanager
+def rotary_in_layers(inputs: AttentionInputs) -> Iterator[None]:
+    """Each attention layer has the model's RoPE, where presses look for it; kvpress leaves it."""
+    before = [getattr(module, "rotary_emb", None) for module in inputs.modules]
+    for module in inputs.modules:
+        module.rotary_emb = inputs.rotary_emb
+    try:
+        yield
+    finally:
+        for module, own in zip(inputs.modules, before, strict=True):
+            if own is None:
+                del module.rotary_emb
+            else:
+                module.rotary_emb = own
 
 
 @contextmanager

@@ -108,6 +108,8 @@ class KVzipPress:
     @contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
         lengths: list[int] = []
+        for layer in model.model.layers:
+            layer.self_attn.rotary_emb = model.model.rotary_emb  # kvpress leaves it there
         layer = model.model.layers[0].self_attn
         hook = layer.register_forward_pre_hook(
             lambda module, positional, named: lengths.append(named["hidden_states"].shape[1]),
@@ -200,6 +202,27 @@ def test_a_press_that_prefills_by_itself(model: Any) -> None:
         assert [column.tolist() for column in columns] == [list(range(n)) for n in expected]
     assert model.config._attn_implementation == ATTENTION
     assert chosen(model, "kvpress:Knorm", [20])[0] is not None
+
+
+@pytest.mark.parametrize("spec", ["kvpress:AdaKV+Knorm", "kvpress:KVzip"])
+def test_a_press_leaves_the_model_as_it_was(model: Any, spec: str) -> None:
+    before = [name for name, _ in model.named_modules()]
+    assert chosen(model, spec, [20])[0] is not None
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_press_finds_the_rotary_embedding(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def score(self: Any, module: Any, *_: Any) -> Tensor:
+        seen.append(module.rotary_emb)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(KnormPress, "score", score)
+    with pytest.raises(RuntimeError, match="stop"):
+        chosen(model, "kvpress:Knorm", [20])
+    assert seen == [model.model.rotary_emb]
+    assert not any(hasattr(layer.self_attn, "rotary_emb") for layer in model.model.layers)
 
 
 def test_attention_is_that_of_transformers(model: Any, model_dir: Path) -> None:
