@@ -49,6 +49,8 @@ WRAPPERS = {
 """Presses around a scorer -> the scorer, unless the spec names another: `AdaKV+KeyDiff`."""
 REPLAYERS = ("KVzip", "KVgrad")
 """Presses that read the prompt again, to repeat it, before they choose."""
+DRAWING = ("LeverageScore", "Compactor", "Random")
+"""Presses that draw: no two runs of kvpress itself agree."""
 _SCORES_BY_BUDGET = ("StreamingLLM", "Compactor")
 _SCORES_PARTS = ("Block",)
 _NOT_SETTINGS = ("press", "compression_ratio")
@@ -67,6 +69,7 @@ class Peer:
     new_press: Callable[..., Any]  # score_once=False: as kvpress makes it
     needs_attention: bool
     always_kept: int  # the press's window
+    draws: bool
     window_size: int = 1  # it makes its own queries
 
     def kept_tokens(self, budget: float, suffix_len: int) -> int:
@@ -168,6 +171,7 @@ def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Pe
             new_press,
             needs_attention=chain[-1] == "ObservedAttention",
             always_kept=getattr(scorer, "window_size", 0),
+            draws=chain[-1] in DRAWING,
         )
     ]
 

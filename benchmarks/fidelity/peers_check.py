@@ -2,7 +2,8 @@
 """Whether a peer here is what kvpress does: next tokens over kvpress's own cache against ours.
 
 kvpress prefills, compresses by its own hooks and decodes by its own attention, token after token,
-which it does with transformers below 5.3 only. Our side is what `divergence` measures.
+which it does with transformers below 5.3 only. Our side is what `divergence` measures. Exits with 1
+if they differ for a press that does not draw.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lava_sglang.inspection.prefill import prefill
+
+SAME_KL = 1e-6
+"""Nats: what float32 leaves between two ways to the same logits, at most."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = list(
         cutter.book_contexts(arguments.lengths, arguments.new_tokens + 1, arguments.contexts)
     )
+    differing: list[str] = []
     table = Table("press", "prompt", "kept", "KL(kvpress || ours)", "KL(exact || ours)")
     for context in track(prompts, "Contexts", console=Console(stderr=True)):
         assert context.continuation is not None
@@ -66,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             kept = mean_kept(columns, exact.prompt_len)
             row = (peer.label, str(exact.prompt_len), f"{kept:g}")
             table.add_row(*row, f"{found['kl']:.2e}", f"{moved['kl']:.2e}")
+            if not peer.draws and not abs(found["kl"]) <= SAME_KL:  # nor if it is not a number
+                differing.append(f"{peer.label} at {exact.prompt_len} tokens: {found['kl']:.2e}")
     Console().print(table)
+    if differing:
+        raise SystemExit(f"KL(kvpress || ours) above {SAME_KL:g}: {', '.join(differing)}")
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 
 import divergence
 import needle
+import peers_check
 import pytest
 import torch
 from continuation import mean_kept
@@ -46,6 +47,21 @@ class KnormPress:
     def score(self, module: Any, hidden: Any, keys: Tensor, *_: Any) -> Tensor:
         return -self.sign * keys.norm(dim=-1)
 
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """What a prefill within leaves in the cache of transformers is compressed."""
+
+        def compress(module: Any, positional: Any, named: Any, output: Any) -> None:
+            layer = named["past_key_values"].layers[module.layer_idx]
+            arguments = (module, named["hidden_states"], layer.keys, layer.values, None, named)
+            layer.keys, layer.values = self.compress(*arguments)
+
+        attentions = [layer.self_attn for layer in model.model.layers]
+        hooks = [each.register_forward_hook(compress, with_kwargs=True) for each in attentions]
+        yield
+        for hook in hooks:
+            hook.remove()
+
     def compress(
         self, module: Any, hidden: Any, keys: Tensor, values: Tensor, attentions: Any, kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -71,6 +87,12 @@ class SnapKVPress(KnormPress):
 class StreamingLLMPress(KnormPress):
     def score(self, module: Any, hidden: Any, keys: Tensor, *_: Any) -> Tensor:
         return torch.arange(keys.shape[2]).expand(keys.shape[:3]) * 1.0
+
+
+@dataclass
+class RandomPress(KnormPress):
+    def score(self, module: Any, hidden: Any, keys: Tensor, *_: Any) -> Tensor:
+        return torch.rand(keys.shape[:3])
 
 
 @dataclass
@@ -132,7 +154,7 @@ class KVzipPress:
 @pytest.fixture(autouse=True)
 def kvpress(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("kvpress")
-    presses = (KnormPress, SnapKVPress, StreamingLLMPress, ObservedAttentionPress)
+    presses = (KnormPress, SnapKVPress, StreamingLLMPress, ObservedAttentionPress, RandomPress)
     for press in (*presses, AdaKVPress, KVzipPress):
         setattr(module, press.__name__, press)
     monkeypatch.setitem(sys.modules, "kvpress", module)
@@ -333,6 +355,39 @@ def test_peers_and_ours_in_one_file(model_dir: Path, tmp_path: Path) -> None:
             # With no sinks theirs is ours: the newest entries.
             assert theirs[key][field] == pytest.approx(record[field], abs=1e-5)
             assert theirs[key]["kept_tokens"] == record["kept_tokens"] == ada[key]["kept_tokens"]
+
+
+@pytest.fixture
+def check(model_dir: Path, tmp_path: Path) -> list[str]:
+    """Options of `peers_check`."""
+    text = "".join(f"The clerk of number {n} wrote a letter, nobody read it. " for n in range(20))
+    (tmp_path / "book.txt").write_text(text)
+    return [
+        *("--model-path", str(model_dir), "--data", str(tmp_path), "--device", "cpu"),
+        *("--contexts", "1", "--lengths", "150", "--budget", "40", "--new-tokens", "6"),
+    ]
+
+
+def test_the_check_passes_where_kvpress_says_the_same(
+    check: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = ["kvpress:Knorm", "kvpress:Random"]
+    peers_check.main([*check, "--methods", *methods])
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    kl = {cells[0]: float(cells[3]) for cells in lines if cells and cells[0] in methods}
+    assert list(kl) == methods
+    # Random differs, and may: it draws.
+    assert [value > peers_check.SAME_KL for value in kl.values()] == [False, True]
+
+
+def test_the_check_fails_where_kvpress_keeps_others(
+    check: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_check, "removed_share", lambda kept, n: removed_share(kept - 9, n))
+    with pytest.raises(SystemExit) as stop:
+        peers_check.main([*check, "--methods", "kvpress:Knorm", "kvpress:Random"])
+    assert str(stop.value.code).startswith("KL(kvpress || ours) above 1e-06: kvpress:Knorm at 150")
+    assert "Random" not in str(stop.value.code)
 
 
 def test_a_server_is_not_asked_for_a_peer(model_dir: Path) -> None:
