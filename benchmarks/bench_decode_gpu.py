@@ -121,6 +121,7 @@ class Batch:
 def captured(read: Callable[[int], object], num_layers: int) -> torch.cuda.CUDAGraph:
     """All layers, one after the other, as a decode step runs them."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         read(0)
     stream.synchronize()

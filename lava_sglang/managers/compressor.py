@@ -61,9 +61,8 @@ class Compressor:
     def __init__(self, runner: Any, tape: TapeTable, scores: ScoreTable | None):
         self.kv_pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        layers = attention_layers(runner.model)
-        self.num_qo_heads = [layer.tp_q_head_num for layer in layers]
-        scaling = [layer.scaling for layer in layers]
+        self.layers = attention_layers(runner.model)
+        scaling = [layer.scaling for layer in self.layers]
         self.scaling = torch.tensor(scaling, dtype=torch.float32, device=self.kv_pool.device)
         self.timer = StreamTimer(self.kv_pool.device)
         self.tape = tape
@@ -74,19 +73,20 @@ class Compressor:
         self.tree_cache = scheduler.tree_cache
 
     def warm_up(self, config: KVCompressionConfig) -> None:
-        """Compile and load what a compression launches now, and not at the first request.
+        """Compile and load what a compression by the server's method launches, and a trim.
 
         Compresses a made-up prompt whose tokens all lie in slot 0, SGLang's padding. Mutates
-        nothing else.
+        nothing else. A method that only a request names compiles at its first request.
         """
         arena, window_size, method = self.kv_pool.arena, config.window_size, method_of(config)
         num_layers, _, _, _, head_dim = arena.shape
+        num_qo_heads = self.layers[0].tp_q_head_num
         budget = window_size + WARM_UP_TOKENS // 2
         slots = torch.zeros(window_size + WARM_UP_TOKENS, dtype=torch.int64, device=arena.device)
         prompt = PromptView(
             arena=arena,
             slots=slots,
-            queries=arena.new_zeros(num_layers, window_size, self.num_qo_heads[0], head_dim),
+            queries=arena.new_zeros(num_layers, window_size, num_qo_heads, head_dim),
             scaling=self.scaling,
             shared_prefix_len=0,
             window_size=window_size,

@@ -87,8 +87,8 @@ class LavaPrefillAdder(PrefillAdder):
         self, req: LavaReq, has_chunked_req: bool, truncation_align_size: int | None
     ) -> AddReqResult:
         if self._half_prefilled_waits or (has_chunked_req and self.chunked_req_limit is None):
-            # SGLang keeps one half-prefilled request, and could take this one for a second. It
-            # counts on there being no token or no slot left, and running requests may shrink.
+            # SGLang keeps one half-prefilled request and fails on a second. It counts on there
+            # being no slot left for the second's first chunk, but running requests may shrink.
             return AddReqResult.OTHER
 
         def add() -> AddReqResult:

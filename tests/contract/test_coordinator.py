@@ -9,6 +9,7 @@ import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.managers import compressor
 from lava_sglang.managers.compressor import method_of
 from lava_sglang.managers.request import SkipReason
 from lava_sglang.managers.stream import ForwardStream
@@ -27,16 +28,27 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", [0.25, (0.5, 0.25)])
-def test_warming_up_writes_to_the_padding_only(method: str, budget: float | tuple[float]) -> None:
+def test_warming_up_writes_to_the_padding_only(
+    method: str, budget: float | tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It launches a compression, and with a ladder a trim."""
     if method == "streamingllm":
         budget = 0.25  # takes no ladder
+    launched = []
+    for name in ("compact", "trim"):
+        run = getattr(compressor, name)
+        monkeypatch.setattr(
+            compressor, name, lambda *args, n=name, r=run: (launched.append(n), r(*args))
+        )
     config = KVCompressionConfig(method=method, window_size=4, budget=budget)
     engine = build_engine(1, config=config)
     req = engine.request(range(1, 60), CONFIG.model_copy(update={"method": "snapkv"}))
     assert engine.admit(req)
     engine.extend((req, None))
     arena, offsets = engine.pool.arena.clone(), engine.tape.offsets.clone()
+    launched.clear()
     engine.coordinator.warm_up()
+    assert launched == ["compact"] + ["trim"] * config.has_ladder
     assert torch.equal(engine.pool.arena[:, :, 1:], arena[:, :, 1:])
     assert torch.equal(engine.tape.offsets, offsets)
     engine.check()

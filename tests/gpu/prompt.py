@@ -39,6 +39,15 @@ def made_up_prompt(
     )
 
 
+def unused_slots(prompt: PromptView, count: int) -> torch.Tensor:
+    """Slots of no token of the prompt, shuffled."""
+    free = torch.ones(prompt.arena.shape[2], dtype=torch.bool, device="cuda")
+    free[prompt.slots] = False
+    slots = free.nonzero().flatten()
+    g = torch.Generator("cuda").manual_seed(count)
+    return slots[torch.randperm(len(slots), generator=g, device="cuda")[:count]]
+
+
 def on_cpu(prompt: PromptView) -> PromptView:
     """The same entries on the CPU, in float32."""
     assert prompt.queries is not None and prompt.scaling is not None
