@@ -91,7 +91,7 @@ def test_demo_gets_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings == ComparisonSettings(
         model_path="m",
         text_dir=Path("t"),
-        method="lava",
+        method="lava_span",
         budget=300,
         requests=3,
         prompt_tokens=2000,

@@ -89,8 +89,9 @@ def test_without_last_is_the_shorter_prompt(model: Any, short: Prefill) -> None:
 
 
 def test_other_kinds_of_attention_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`position_ids`, which Llama hands to its attention, stands for what others hand over."""
     monkeypatch.setattr(
-        "lava_sglang.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "dropout")
+        "lava_sglang.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "position_ids")
     )
-    with pytest.raises(NotImplementedError, match="LlamaAttention: attention with dropout"):
+    with pytest.raises(NotImplementedError, match="LlamaAttention: attention with position_ids"):
         prefill(model, PROMPT[:20], WINDOW)
