@@ -11,7 +11,6 @@ the server's.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads disturb
 
 import torch
-from machine import process_line
+from machine import process_line, write_report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -132,16 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(_table(arguments, timings))
     machine = process_line()
     console.print(machine, highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        report = {
-            "machine": machine,
-            "settings": settings,
-            "prompts": [prompt.title for prompt in prompts],
-            "seconds": {name: timing.as_json() for name, timing in timings.items()},
-            "share_of_prefill": timings[TOTAL].median / timings[PREFILL].median,
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(
+        arguments,
+        machine,
+        prompts=[prompt.title for prompt in prompts],
+        seconds={name: timing.as_json() for name, timing in timings.items()},
+        share_of_prefill=timings[TOTAL].median / timings[PREFILL].median,
+    )
 
 
 def measure(

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import numpy as np
 import torch
-from decode_shape import DTYPES, Shape, uneven_offsets
-from machine import process_line
+from decode_shape import DTYPES, Shape, as_json, uneven_offsets
+from machine import process_line, write_report
 from numba import njit
 from rich.console import Console
 from rich.progress import track
@@ -120,18 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-    }
     results = list(measure(arguments))
     console = Console()
     console.print(_table(arguments, results))
     machine = process_line()
     console.print(machine, highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        report = {"machine": machine, "settings": settings, "results": _as_json(results)}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, machine, results=as_json(results))
     if arguments.plot is not None:
         plot(results, machine, arguments.plot)
 
@@ -278,18 +270,6 @@ def _table(
             f"1 / {timings[NATIVE].median / lava.median:.1f}",
         )
     return table
-
-
-def _as_json(results: Sequence[tuple[Shape, dict[str, Timing]]]) -> list[dict[str, Any]]:
-    return [
-        {
-            **asdict(shape),
-            "dtype": str(shape.dtype).removeprefix("torch."),
-            "bytes_read": shape.bytes_read,
-            "seconds": {name: timing.as_json() for name, timing in timings.items()},
-        }
-        for shape, timings in results
-    ]
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from decode_shape import DTYPES, Shape, uneven_offsets
-from machine import process_line
+from decode_shape import DTYPES, Shape, as_json, uneven_offsets
+from machine import process_line, write_report
 from rich.console import Console
 from rich.table import Table
 from timing import Timing
@@ -176,19 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(_table(arguments, results))
     machine = process_line()
     console.print(machine, highlight=False, soft_wrap=True)
-    if arguments.json is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        rows = [
-            {
-                **asdict(shape),
-                "dtype": arguments.dtype,
-                "bytes_read": arguments.layers * shape.bytes_read,
-                "seconds": {name: timing.as_json() for name, timing in timings.items()},
-            }
-            for shape, timings in results
-        ]
-        report = {"machine": machine, "settings": settings, "results": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments, machine, results=as_json(results, arguments.layers))
 
 
 def _table(

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from timing import Timing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -40,3 +43,18 @@ def uneven_offsets(
     ends[:, -1] = shape.num_kv_heads * budget
     ends += torch.arange(num_layers)[:, None] * shape.num_kv_heads * budget
     return torch.cat([torch.zeros(1), ends.view(-1).double()]).round().int()
+
+
+def as_json(
+    results: Sequence[tuple[Shape, dict[str, Timing]]], num_layers: int = 1
+) -> list[dict[str, Any]]:
+    """One object for each shape. num_layers: that one call reads."""
+    return [
+        {
+            **asdict(shape),
+            "dtype": str(shape.dtype).removeprefix("torch."),
+            "bytes_read": num_layers * shape.bytes_read,
+            "seconds": {name: timing.as_json() for name, timing in timings.items()},
+        }
+        for shape, timings in results
+    ]

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a number belongs to: the processor, the process and the commit."""
+"""What a number belongs to: the processor, the process, the commit and the options."""
 
+import argparse
+import json
 import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 FILE_WIDTH = 132
@@ -41,3 +44,15 @@ def commit() -> str:
     command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def write_report(arguments: argparse.Namespace, machine: str, **found: Any) -> None:
+    """What was found to `--json`, if given, with the machine line and all options."""
+    if arguments.json is None:
+        return
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+    }
+    report = {"machine": machine, "settings": settings, **found}
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")

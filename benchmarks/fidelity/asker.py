@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import httpx
+from client import checked
 from tasksets.sample import Sample
 
 NOTHING_TO_DROP = ("too_short", "budget_covers_suffix")
@@ -81,11 +82,5 @@ class Asker:
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         response = await self.client.post(path, json=body)
-        if response.is_error:
-            raise httpx.HTTPStatusError(
-                f"{path}: {response.status_code} {response.text}",
-                request=response.request,
-                response=response,
-            )
-        answer: dict[str, Any] = response.json()
+        answer: dict[str, Any] = checked(response, path).json()
         return answer

@@ -12,6 +12,22 @@ import httpx
 from lava_sglang.forced_tokens import SHIFT, ForcedTokens
 
 
+def settings_of(method: str, budget: float | None) -> dict[str, Any]:
+    """What a request asks for; the whole prompt where there is no budget."""
+    return {"enabled": False} if budget is None else {"method": method, "budget": budget}
+
+
+def checked(response: httpx.Response, path: str) -> httpx.Response:
+    """The response. Raises httpx.HTTPStatusError with the server's message if it refused."""
+    if response.is_error:
+        raise httpx.HTTPStatusError(
+            f"{path}: {response.status_code} {response.text}",
+            request=response.request,
+            response=response,
+        )
+    return response
+
+
 class Reply(NamedTuple):
     text: str
     output_ids: list[int]
@@ -166,11 +182,4 @@ class ServerClient:
         return answer
 
     def _post(self, path: str, **options: Any) -> httpx.Response:
-        response = self._http.post(path, **options)
-        if response.is_error:
-            raise httpx.HTTPStatusError(
-                f"{path}: {response.status_code} {response.text}",
-                request=response.request,
-                response=response,
-            )
-        return response
+        return checked(self._http.post(path, **options), path)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from client import ServerClient
+from client import ServerClient, settings_of
 from contexts import Cutter
 from haystack import KINDS, Needle, needles
 from needle_summary import AFTER, FULL, INSIDE, as_json, tables
@@ -90,21 +90,20 @@ def measure_server(arguments: argparse.Namespace, results: Results) -> None:
     The question is inside the prompt; nothing can come after it within one request.
     """
     variants = server_variants_of(arguments)
+    pairs = [(variant.label, b) for variant in variants for b in arguments.budgets]
     tokenizer = load_tokenizer(arguments)
     with ServerClient(arguments.server) as server:
         for needle in _progress(arguments, tokenizer):
-            pairs = [(variant.label, b) for variant in variants for b in arguments.budgets]
             for method, budget in [(FULL, None), *pairs]:
                 if results.get(needle.name, INSIDE, method, budget) is None:
                     results.add(_ask(server, needle, method, budget))
 
 
 def _ask(server: ServerClient, needle: Needle, method: str, budget: float | None) -> Record:
-    settings = {"enabled": False} if budget is None else {"method": method, "budget": budget}
     # Else the prompt is found in the radix tree, and there is nothing of its own to compress.
     server.flush_cache()
     prompt = needle.tokens[: needle.answer_start]
-    reply = server.generate(prompt, needle.answer_tokens + 2, settings)
+    reply = server.generate(prompt, needle.answer_tokens + 2, settings_of(method, budget))
     if budget is not None and not reply.compressed:
         raise RuntimeError(f"{needle.name}: the server did not compress it: {reply.reason}")
     values = {"exact_match": float(reply.text.strip().startswith(needle.answer)), "nll": None}

@@ -85,26 +85,30 @@ class Peer:
         """What the press keeps at each budget b; None where b covers the prompt."""
         assert inputs is not None
         wanted = [budget for budget in budgets if budget < exact.prompt_len]
+        chosen = self.keep(exact, inputs, wanted) if wanted else {}
+        return [chosen.get(budget) for budget in budgets]
+
+    def keep(
+        self, exact: Prefill, inputs: AttentionInputs, wanted: Sequence[int]
+    ) -> dict[int, Columns]:
+        """What the press keeps at budgets that do not cover the prompt, one or more."""
         chosen: dict[int, Columns] = {budget: [] for budget in wanted}
         with rotary_in_layers(inputs):
             for layer in inputs.layers(exact):
                 press = self.new_press()  # it scores a layer once, for all budgets
-                attention = attention_weights(layer) if self.needs_attention and wanted else None
+                attention = attention_weights(layer) if self.needs_attention else None
                 for budget in wanted:
                     press.compression_ratio = removed_share(budget, exact.prompt_len)
                     chosen[budget] += compress(press, layer, attention)
-        return [chosen.get(budget) for budget in budgets]
+        return chosen
 
 
 class ReplayingPeer(Peer):
     """A press that prefills and reads the prompt again by itself; budgets are over all layers."""
 
-    @torch.no_grad()
-    def choose(
-        self, exact: Prefill, inputs: AttentionInputs | None, budgets: Sequence[int]
-    ) -> list[Columns | None]:
-        assert inputs is not None
-        wanted = [budget for budget in budgets if budget < exact.prompt_len]
+    def keep(
+        self, exact: Prefill, inputs: AttentionInputs, wanted: Sequence[int]
+    ) -> dict[int, Columns]:
         chosen: dict[int, Columns] = {}
         press = self.new_press()
         compress_once = press.compress_post
@@ -120,13 +124,12 @@ class ReplayingPeer(Peer):
                     for column in unmasked(module, exact.arena.shape[3], exact.prompt_len)
                 ]
 
-        if wanted:
-            press.compress_post = compress_post
-            press.compression_ratio = removed_share(wanted[0], exact.prompt_len)
-            with rotary_in_layers(inputs), stock_attention(inputs.model), press(inputs.model):
-                tokens = inputs.tokens(exact)
-                inputs.model.model(input_ids=tokens, past_key_values=DynamicCache())
-        return [chosen.get(budget) for budget in budgets]
+        press.compress_post = compress_post
+        press.compression_ratio = removed_share(wanted[0], exact.prompt_len)
+        with rotary_in_layers(inputs), stock_attention(inputs.model), press(inputs.model):
+            tokens = inputs.tokens(exact)
+            inputs.model.model(input_ids=tokens, past_key_values=DynamicCache())
+        return chosen
 
 
 def parse_peers(spec: str, settings: Mapping[str, Any] | None = None) -> list[Peer]:

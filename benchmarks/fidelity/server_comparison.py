@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from client import ForcedReply, ServerClient
+from client import ForcedReply, ServerClient, settings_of
 from context_records import ContextRecords
 from results import Record
 
@@ -49,7 +49,7 @@ class ServerComparison:
         ]
         expected = self.server.force(self.prompt, continuation, watched, {"enabled": False})
         for method, budget in pairs:
-            settings = {"method": method, "budget": budget}
+            settings = settings_of(method, budget)
             found = self.server.force(self.prompt, continuation, watched, settings)
             if not found.compressed and found.reason != "budget_covers_suffix":
                 name = self.records.context.name

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 from asker import Asker
+from client import settings_of
 from needle_summary import FULL
 from options import (
     add_method_arguments,
@@ -32,15 +33,13 @@ from options import (
 from results import Results
 from rich.console import Console
 from rich.progress import Progress
-from tasks_summary import as_json, tables
+from tasks_summary import Choice, as_json, tables
 from tasksets.sample import Fitter, Sample
 from tasksets.suites import samples, task_names
 from transformers import AutoConfig
 
 KEY_FIELDS = ("task", "sample", "method", "budget")
 TIMEOUT_SECONDS = 3600
-
-Choice = tuple[str, float | None]  # method, budget
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,8 +144,7 @@ async def _ask_all(
 
 async def _record(asker: Asker, sample: Sample, choice: Choice) -> dict[str, Any]:
     method, budget = choice
-    settings = {"enabled": False} if budget is None else {"method": method, "budget": budget}
-    answer = await asker.ask(sample, settings)
+    answer = await asker.ask(sample, settings_of(method, budget))
     return {
         "suite": sample.suite,
         "task": sample.task,

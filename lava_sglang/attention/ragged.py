@@ -29,7 +29,7 @@ prefix_lens, budgets, offsets."""
 
 
 class RaggedDecode:
-    """What both backends share: the tables, and the write of a layer's new entries."""
+    """What all backends share: the tables, and a layer's decode around its attention."""
 
     tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
     plans_on_host = False  # whether it needs `TapeTable.host`
@@ -40,6 +40,24 @@ class RaggedDecode:
         if save_kv_cache and k is not None:
             location = KVWriteLoc.for_batch(forward_batch)
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+
+    def save_and_attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
+        self.save(layer, forward_batch, k, v, save_kv_cache)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        return self.attend(queries, layer, forward_batch).view(q.shape[0], -1)
+
+    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+        """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
+        raise NotImplementedError
 
     def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> BatchTables:
         """The kernel's view of the batch, in its order."""
@@ -82,14 +100,7 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
-        self.save(layer, forward_batch, k, v, save_kv_cache)
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        return self.attend(queries, layer, forward_batch).view(q.shape[0], -1)
-
-    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
-        """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
-        raise NotImplementedError
+        return self.save_and_attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("prefill runs on the backend of --prefill-attention-backend")
@@ -156,9 +167,9 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
-        self.save(layer, forward_batch, k, v, save_kv_cache)
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        return self.save_and_attend(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
         out = torch.empty_like(queries)
         ragged_decode_cpu(
             queries,
@@ -168,7 +179,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
             layer.scaling,
             out,
         )
-        return out.view(q.shape[0], -1)
+        return out
 
     def forward_extend(
         self,

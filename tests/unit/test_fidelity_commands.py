@@ -12,18 +12,8 @@ import torch
 import trial
 from results import Results
 
-from tests.unit.tiny_llama import write_tiny_llama
-from tests.unit.tiny_tokenizer import write_tiny_tokenizer
-
 SENTENCE = "The clerk of number {} wrote a letter, and nobody answered it. "
 ROW = {"_id": "r1", "context": "", "input": "Who wrote?", "answers": ["The clerk"]}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    write_tiny_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

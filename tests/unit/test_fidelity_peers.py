@@ -31,8 +31,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lava_sglang.inspection.prefill import ATTENTION, load_model, prefill
-from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, random_tokens, write_tiny_llama
-from tests.unit.tiny_tokenizer import write_tiny_tokenizer
+from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, random_tokens
 
 PROMPT = random_tokens(90, 3)
 
@@ -159,13 +158,6 @@ def kvpress(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         setattr(module, press.__name__, press)
     monkeypatch.setitem(sys.modules, "kvpress", module)
     return module
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_tiny_llama(tmp_path_factory.mktemp("tiny"))
-    write_tiny_tokenizer(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
-from uuid import UUID
 
 from tasksets import metrics
 from tasksets.recipe import Recipe
-from tasksets.ruler_needles import NOISE
+from tasksets.ruler_needles import NOISE, made_up_uuid
 from tasksets.sample import Metric, Sample
 
 SUITE = "infinitebench"
@@ -71,9 +70,7 @@ def recipe(task: str, name: str) -> Recipe:
 def _passkey(name: str) -> Recipe:
     def make(random: Random, amount: int) -> Sample:
         key = "".join(random.choices("0123456789", k=5))
-        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-        context = _hidden(fact, random, amount)
-        return _sample("passkey", name, context, "What is the pass key?", [key])
+        return _hidden("passkey", name, "pass key", key, random, amount)
 
     return make
 
@@ -84,10 +81,7 @@ def _number_string(name: str) -> Recipe:
         for _ in range(5):  # a digit twice: hard to copy
             place = random.randrange(len(digits))
             digits.insert(place, digits[place])
-        key = "".join(digits)
-        fact = f"The sequence of digits is {key}. Remember it. {key} is the sequence of digits."
-        context = _hidden(fact, random, amount)
-        return _sample("number_string", name, context, "What is the sequence of digits?", [key])
+        return _hidden("number_string", name, "sequence of digits", "".join(digits), random, amount)
 
     return make
 
@@ -95,7 +89,7 @@ def _number_string(name: str) -> Recipe:
 def _pairs(name: str) -> Recipe:
     def make(random: Random, amount: int) -> Sample:
         place = random.random()
-        pairs = {_uuid(random): _uuid(random) for _ in range(amount)}
+        pairs = {made_up_uuid(random): made_up_uuid(random) for _ in range(amount)}
         key = list(pairs)[int(place * amount)]
         context = f"JSON data:\n{json.dumps(pairs)}"
         question = f'Key: "{key}"\nThe value associated with the specified key is: '
@@ -104,13 +98,12 @@ def _pairs(name: str) -> Recipe:
     return make
 
 
-def _hidden(fact: str, random: Random, amount: int) -> str:
+def _hidden(task: str, name: str, what: str, value: str, random: Random, amount: int) -> Sample:
+    """The value, and what it is, in so many lines of noise."""
+    fact = f"The {what} is {value}. Remember it. {value} is the {what}."
     before = int(random.random() * (amount + 1))
-    return "\n".join([NOISE] * before + [fact] + [NOISE] * (amount - before))
-
-
-def _uuid(random: Random) -> str:
-    return str(UUID(int=random.getrandbits(128), version=4))
+    context = "\n".join([NOISE] * before + [fact] + [NOISE] * (amount - before))
+    return _sample(task, name, context, f"What is the {what}?", [value])
 
 
 def _sample(task: str, name: str, context: str, question: str, answers: list[str]) -> Sample:

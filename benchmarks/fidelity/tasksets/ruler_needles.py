@@ -111,9 +111,13 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?]) ", " ".join(text.split()))
 
 
+def made_up_uuid(random: Random) -> str:
+    return str(UUID(int=random.getrandbits(128), version=4))
+
+
 def _made_up(kind: str, random: Random) -> str:
     if kind == "numbers":
         return str(random.randint(10**6, 10**7 - 1))
     if kind == "uuids":
-        return str(UUID(int=random.getrandbits(128), version=4))
+        return made_up_uuid(random)
     return f"{random.choice(words('adjective'))}-{random.choice(words('noun'))}"
