@@ -28,13 +28,13 @@ from timing import Timing
 from transformers import AutoTokenizer
 
 from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
-from lava_sglang.demo.passages import Prompt, long_prompts, python_topics, text_files
-from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.kernels.compact import compact
 from lava_sglang.mem_cache.arena import create_arena
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.policy import METHODS, PromptView, choose
 from lava_sglang.policy.base import Ranking
+from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files
+from lava_sglang.tools.inspection.prefill import Prefill, load_model, prefill
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PREFILL, TOTAL = "prefill", "compression"

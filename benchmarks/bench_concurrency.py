@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lava_sglang.demo.comparison import (
+from lava_sglang.tools.demo.comparison import (
     Comparison,
     ComparisonSettings,
     load_prompts,
     run_prompts,
     server_options,
 )
-from lava_sglang.demo.load import ConcurrencyResult
-from lava_sglang.demo.screen import live
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.load import ConcurrencyResult
+from lava_sglang.tools.demo.screen import live
+from lava_sglang.tools.server_process import Server
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,10 +25,10 @@ from serving.targets import NAMES, ServerKind, Target, in_turn
 from serving.workloads import WORKLOADS, Conversation, LoadShape, conversations
 
 from lava_sglang.config import METHOD_CHOICES, KVCompressionError
-from lava_sglang.demo.comparison import CHUNKED_PREFILL_SIZE
-from lava_sglang.demo.load import LoadError
-from lava_sglang.demo.passages import PassageError, python_topics, text_files
-from lava_sglang.server_process import Server, ServerError, machine_options
+from lava_sglang.tools.demo.comparison import CHUNKED_PREFILL_SIZE
+from lava_sglang.tools.demo.load import LoadError
+from lava_sglang.tools.demo.passages import PassageError, python_topics, text_files
+from lava_sglang.tools.server_process import Server, ServerError, machine_options
 
 Say = Callable[[str], None]
 

@@ -85,6 +85,12 @@ class KVCompressionError(ValueError):
         self.reasons = reasons
 
 
+def refuse(reasons: list[str]) -> None:
+    """Raises KVCompressionError if there is any reason why a server must not start."""
+    if reasons:
+        raise KVCompressionError(reasons, heading="KV compression cannot start")
+
+
 class KVCompressionConfig(BaseModel):
     """What to keep of a prompt, and when. Frozen; equal in every process of a server."""
 

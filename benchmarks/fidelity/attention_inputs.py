@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lava_sglang.inspection.prefill import Prefill
+from lava_sglang.tools.inspection.prefill import Prefill
 
 
 class LayerInput(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import httpx
 
-from lava_sglang.forced_tokens import SHIFT, ForcedTokens
+from lava_sglang.tools.forced_tokens import SHIFT, ForcedTokens
 
 
 def settings_of(method: str, budget: float | None) -> dict[str, Any]:

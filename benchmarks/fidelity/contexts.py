@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from texts import Row, Texts
 
-from lava_sglang.demo.passages import PassageError
+from lava_sglang.tools.demo.passages import PassageError
 
 PLACE = "{text}"
 

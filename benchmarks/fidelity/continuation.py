@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lava_sglang.inspection.prefill import Prefill, forward
 from lava_sglang.kernels.select import Selection
+from lava_sglang.tools.inspection.prefill import Prefill, forward
 
 Key = TypeVar("Key")
 

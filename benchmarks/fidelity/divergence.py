@@ -43,7 +43,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from variants import Contender, Wanted
 
-from lava_sglang.inspection.prefill import prefill
+from lava_sglang.tools.inspection.prefill import prefill
 
 KEY_FIELDS = ("context", "method", "budget")
 

@@ -40,8 +40,8 @@ from trial import score_answer
 from variants import Variant, choose
 
 from lava_sglang.config import Scope
-from lava_sglang.inspection.prefill import prefill
-from lava_sglang.server_process import Server, machine_options
+from lava_sglang.tools.inspection.prefill import prefill
+from lava_sglang.tools.server_process import Server, machine_options
 
 REPLY_TOKENS = 24
 KEY_FIELDS = ("conversation", "scope", "turn", "method", "budget")

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import Contender, Variant, parse_budgets, parse_variants
 
-from lava_sglang.inspection.prefill import load_model
 from lava_sglang.policy import METHODS
+from lava_sglang.tools.inspection.prefill import load_model
 
 BUDGETS = "64,128,256,512,0.25"
 
@@ -89,7 +89,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, plot: bool = True) -> 
 
 
 def load_model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model of `--model-path`, for `lava_sglang.inspection`, and its tokenizer."""
+    """The model of `--model-path`, for `lava_sglang.tools.inspection`, and its tokenizer."""
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype, None)
     if not isinstance(dtype, torch.dtype):

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from variants import Contender, kept_tokens, parse_options
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.inspection.prefill import Prefill
+from lava_sglang.tools.inspection.prefill import Prefill
 
 PREFIX = "kvpress"
 INSTALL = (

@@ -25,7 +25,7 @@ from texts import load_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lava_sglang.inspection.prefill import prefill
+from lava_sglang.tools.inspection.prefill import prefill
 
 SAME_KL = 1e-6
 """Nats: what float32 leaves between two ways to the same logits, at most."""

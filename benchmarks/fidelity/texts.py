@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lava_sglang.demo.passages import PassageError, python_topics
+from lava_sglang.tools.demo.passages import PassageError, python_topics
 
 PG19 = "emozilla/pg19"  # deepmind/pg19 as Parquet, which needs no loading script
 LONGBENCH = "Xnhyacinth/LongBench"  # THUDM/LongBench as Parquet

@@ -16,7 +16,7 @@ from results import Record, Results
 from torch import Tensor
 from variants import Contender, Wanted
 
-from lava_sglang.inspection.prefill import Prefill, prefill
+from lava_sglang.tools.inspection.prefill import Prefill, prefill
 
 Pairs = Sequence[tuple[Contender, float]]
 

@@ -15,8 +15,8 @@ from continuation import Columns, kept_columns
 
 from lava_sglang import policy
 from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
-from lava_sglang.inspection.prefill import Prefill
 from lava_sglang.policy import METHODS, Method
+from lava_sglang.tools.inspection.prefill import Prefill
 
 
 class Contender(Protocol):

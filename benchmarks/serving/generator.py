@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lava_sglang.demo.load import LoadError
+from lava_sglang.tools.demo.load import LoadError
 from serving.workloads import Conversation, write_dataset
 
 # -P: the folder of the script does not go in front of SGLang's imports.

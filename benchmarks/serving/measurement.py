@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from lava_sglang.demo.load import peak_overlap
+from lava_sglang.tools.demo.load import peak_overlap
 from serving.generator import COMMAND, GeneratorResult, RequestTimes, Traffic, generate
 from serving.server_state import LoadSampler, ServerCounters
 from serving.targets import Target

@@ -9,12 +9,12 @@ from functools import cache
 @cache
 def publish_settings() -> None:
     """SGLang's defaults. Nothing is computed, so the device makes no difference."""
-    from lava_sglang import plugin
+    from lava_sglang.integration import plugin
 
     plugin.install()
     from sglang.srt.runtime_context import SpawnRanks, publish
 
-    from lava_sglang.args import LavaServerArgs
+    from lava_sglang.integration.args import LavaServerArgs
 
     settings = LavaServerArgs(model_path="dummy", device="cpu", attention_backend="torch_native")
     publish(settings, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None))

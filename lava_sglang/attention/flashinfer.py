@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lava_sglang.attention.backends import GpuRaggedDecode
 from lava_sglang.attention.layers import attention_layers
-from lava_sglang.attention.ragged import GpuRaggedDecode
-from lava_sglang.compat import refuse
+from lava_sglang.config import refuse
 from lava_sglang.kernels.flashinfer_decode import FlashInferDecode, shape_reasons
 from lava_sglang.mem_cache.host_tape import HostPieces
 

@@ -18,15 +18,15 @@ from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
 from lava_sglang.kernels.trim import refill, trim
+from lava_sglang.managers.forward_stream import ForwardStream
 from lava_sglang.managers.request import LavaReq, SkipReason
-from lava_sglang.managers.stream import ForwardStream
 from lava_sglang.mem_cache.row import (
     alloc_slots,
     drop_slots,
     replace_slots,
     swap_in_private_slots,
 )
-from lava_sglang.mem_cache.scores import ScoreTable
+from lava_sglang.mem_cache.score_table import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import StreamTimer
 from lava_sglang.policy import (

@@ -19,7 +19,7 @@ from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.managers.compressor import Compressor, method_of
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
-from lava_sglang.mem_cache.scores import ScoreTable
+from lava_sglang.mem_cache.score_table import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import CompressionStats
 

@@ -10,14 +10,15 @@ from typing import Any
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
 
-from lava_sglang import compat, hooks, seams
-from lava_sglang.args import config_of
-from lava_sglang.attention.backend import (
+from lava_sglang.attention.query_capture import (
     attach_tape,
     capture_decode_queries,
     capture_queries,
     register_backends,
 )
+from lava_sglang.config import refuse
+from lava_sglang.integration import hooks, refusals, seams
+from lava_sglang.integration.args import config_of
 from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
@@ -44,7 +45,7 @@ class LavaScheduler(Scheduler):
         self.kv_compression = KVCompressionCoordinator(self.kv_compression_config)
         self._add_kv_compression_hooks()
         super().__init__(server_args, *args, **kwargs)
-        compat.refuse(compat.scheduler_reasons(self))
+        refuse(refusals.scheduler_reasons(self))
         self.kv_compression.attach_scheduler(self)
         self.kv_compression.warm_up()
         if self.metrics_reporter.enable_metrics:

@@ -21,7 +21,7 @@ if _notice is None:
 @pytest.fixture(scope="session")
 def plugin_installed() -> None:
     """`LavaServerArgs` stands in SGLang's place, as after its own plugin loader."""
-    from lava_sglang import plugin
+    from lava_sglang.integration import plugin
 
     plugin.install()
 
@@ -31,7 +31,7 @@ def runtime_context(plugin_installed: None) -> Iterator[None]:
     """What a scheduler process publishes before it builds requests and pools."""
     from sglang.srt.runtime_context import SpawnRanks, publish, reset_context
 
-    from lava_sglang.args import LavaServerArgs
+    from lava_sglang.integration.args import LavaServerArgs
 
     publish(
         LavaServerArgs(model_path="dummy", device="cpu", attention_backend="torch_native"),

@@ -22,14 +22,14 @@ from sglang.srt.model_executor.cuda_graph_config import (
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.server_args import prepare_server_args
 
-from lava_sglang import plugin
-from lava_sglang.args import LavaServerArgs, choose_decode_backend, config_of
 from lava_sglang.config import (
     RAGGED_METHODS,
     UNIFORM_METHODS,
     KVCompressionConfig,
     KVCompressionError,
 )
+from lava_sglang.integration import plugin
+from lava_sglang.integration.args import LavaServerArgs, choose_decode_backend, config_of
 from lava_sglang.managers.scheduler import LavaScheduler
 
 pytestmark = pytest.mark.usefixtures("plugin_installed")
@@ -330,7 +330,7 @@ def test_a_child_process_installs_the_plugin_or_fails(model: str, tmp_path: Path
     report = json.loads(child.stdout.partition("REPORT")[2])
     assert report["started_with_us"] == []
     assert report["target"] == "sglang.srt.managers.scheduler.run_scheduler_process"
-    assert report["class"] == "lava_sglang.args.LavaServerArgs"
+    assert report["class"] == "lava_sglang.integration.args.LavaServerArgs"
     assert report["fields"] == OPTIONS and report["resolved"] is True
     assert (report["server_args"], report["scheduler"]) == ("LavaServerArgs", "LavaScheduler")
     assert {

@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from lava_sglang.demo.passages import python_topics
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.passages import python_topics
+from lava_sglang.tools.server_process import Server
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "unit" / "fake_server.py"))
 OUTPUT_TOKENS = 16  # 0.8 s: long enough for a sampler that looks twice a second

@@ -17,11 +17,11 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from torch import nn
 
-from lava_sglang import compat
-from lava_sglang.attention.backend import attach_tape
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
+from lava_sglang.attention.query_capture import attach_tape
 from lava_sglang.config import RAGGED_METHODS, UNIFORM_METHODS, KVCompressionConfig
 from lava_sglang.config import KVCompressionError as Refused
+from lava_sglang.integration import refusals
 from lava_sglang.kernels import flashinfer_decode
 from lava_sglang.kernels.flashinfer_decode import CALLS, MERGE, WRAPPER
 from lava_sglang.kernels.reference import ragged_decode_ref
@@ -48,7 +48,7 @@ HEADERS = Path(flashinfer.__file__).parent / "data" / "include" / "flashinfer"
 
 def reasons(device: str = "cuda", method: str = "lava") -> list[str]:
     config = KVCompressionConfig(method=method, decode_kernel="flashinfer")
-    return compat.flashinfer_reasons(config, device)
+    return refusals.flashinfer_reasons(config, device)
 
 
 @pytest.mark.parametrize("method", RAGGED_METHODS)

@@ -17,8 +17,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.forced_tokens import SHIFT, ForcedTokens
 from lava_sglang.managers.request import LavaReq
+from lava_sglang.tools.forced_tokens import SHIFT, ForcedTokens
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 

@@ -13,11 +13,11 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.runtime_context import get_parallel
 
 import lava_sglang
-from lava_sglang.attention.ragged import LavaAttnBackend
+from lava_sglang.attention.backends import LavaAttnBackend
 
 PACKAGE = Path(lava_sglang.__file__).parent
 MODULES = [*(PACKAGE / "attention").glob("*.py"), *(PACKAGE / "managers").glob("*.py")]
-MODULES += [PACKAGE / "compat.py"]
+MODULES += [PACKAGE / "integration" / "refusals.py"]
 
 
 def attributes(source: str, name: str, context: type[ast.expr_context]) -> set[str]:

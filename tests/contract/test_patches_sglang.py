@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import sglang.srt.plugins
 
-from lava_sglang import patching
-from lava_sglang.patching import PatchSeries, PatchState, SGLangInstall
+from lava_sglang.tools import patching
+from lava_sglang.tools.patching import PatchSeries, PatchState, SGLangInstall
 
 INSTALL = SGLangInstall.find()
 SERIES = PatchSeries.load(INSTALL.version)

@@ -18,12 +18,12 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.plugins.hook_registry import HookRegistry
 from torch import nn
 
-from lava_sglang import hooks, plugin, seams
-from lava_sglang.attention.backend import attach_tape
+from lava_sglang.attention.backends import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
-from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
+from lava_sglang.attention.query_capture import attach_tape
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.integration import hooks, plugin, seams
 from lava_sglang.kernels.cpu.ragged_decode_jit import attend_kernel
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.scheduler import LavaScheduler
@@ -78,7 +78,7 @@ def test_installing_twice_changes_nothing(plugin_installed: None) -> None:
 def test_another_sglang_is_refused_before_a_scheduler_is_built(
     scheduler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lava_sglang.compat.SGLANG_VERSION", "0.5.99")
+    monkeypatch.setattr("lava_sglang.integration.refusals.SGLANG_VERSION", "0.5.99")
     with pytest.raises(KVCompressionError, match=r"needs sglang==0\.5\.99"):
         scheduler._add_kv_compression_hooks()
 

@@ -18,17 +18,18 @@ from sglang.srt.model_executor.cuda_graph_config import (
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
-from lava_sglang import compat, hooks, plugin
-from lava_sglang.args import LavaServerArgs
-from lava_sglang.attention.backend import capture_queries
-from lava_sglang.attention.ragged import LavaCpuAttnBackend
+from lava_sglang.attention.backends import LavaCpuAttnBackend
+from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture
 from lava_sglang.config import (
     RAGGED_METHODS,
     UNIFORM_METHODS,
     KVCompressionConfig,
     KVCompressionError,
+    refuse,
 )
+from lava_sglang.integration import hooks, plugin, refusals
+from lava_sglang.integration.args import LavaServerArgs
 from tests.contract.engine import build_engine
 
 DEFAULTS = {
@@ -76,61 +77,61 @@ def view_with(**changes: Any) -> SimpleNamespace:
 
 
 def test_every_refused_feature_has_a_value_above() -> None:
-    assert {feature.field for feature in compat.FEATURES} <= set(ON)
+    assert {feature.field for feature in refusals.FEATURES} <= set(ON)
 
 
 def test_nothing_is_refused_at_its_default() -> None:
-    assert compat.feature_reasons(view_with()) == []
+    assert refusals.feature_reasons(view_with()) == []
 
 
-@pytest.mark.parametrize("feature", compat.FEATURES, ids=lambda feature: feature.field)
-def test_a_feature_is_refused_by_name(feature: compat.Feature) -> None:
+@pytest.mark.parametrize("feature", refusals.FEATURES, ids=lambda feature: feature.field)
+def test_a_feature_is_refused_by_name(feature: refusals.Feature) -> None:
     value = ON[feature.field]
     option = "--" + feature.field.replace("_", "-")
-    (reason,) = compat.feature_reasons(view_with(**{feature.field: value}))
+    (reason,) = refusals.feature_reasons(view_with(**{feature.field: value}))
     assert reason == f"{feature.name} is not supported ({option}={value!r})"
 
 
 @pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_e4m3", "nvfp4", "mxfp8", "fp4_mx_block16"])
 def test_every_quantized_cache_is_refused(dtype: str) -> None:
-    (reason,) = compat.feature_reasons(view_with(kv_cache_dtype=dtype))
+    (reason,) = refusals.feature_reasons(view_with(kv_cache_dtype=dtype))
     assert reason.startswith("a quantized KV cache is not supported")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16"])
 def test_a_plain_cache_is_served(dtype: str) -> None:
-    assert compat.feature_reasons(view_with(kv_cache_dtype=dtype)) == []
+    assert refusals.feature_reasons(view_with(kv_cache_dtype=dtype)) == []
 
 
 def test_all_features_are_refused_at_once() -> None:
-    assert len(compat.feature_reasons(view_with(**ON))) == len(compat.FEATURES)
+    assert len(refusals.feature_reasons(view_with(**ON))) == len(refusals.FEATURES)
 
 
-@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
+@pytest.mark.parametrize("variable", refusals.ENVIRONMENT)
 def test_the_environment_is_refused_by_name(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
-    (reason,) = compat.feature_reasons(view_with())
+    (reason,) = refusals.feature_reasons(view_with())
     assert variable in reason and "is not supported" in reason
 
 
 @pytest.mark.parametrize("value", ["0", "false", "False", "no", "n"])
-@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
+@pytest.mark.parametrize("variable", refusals.ENVIRONMENT)
 def test_a_variable_that_sglang_reads_as_off_is_not_refused(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
     assert getattr(envs, variable).get() is False
-    assert compat.feature_reasons(view_with()) == []
+    assert refusals.feature_reasons(view_with()) == []
 
 
-@pytest.mark.parametrize("variable", compat.ENVIRONMENT)
+@pytest.mark.parametrize("variable", refusals.ENVIRONMENT)
 def test_the_variables_are_sglangs(variable: str) -> None:
     assert hasattr(envs, variable)
 
 
 def test_another_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.0")
-    assert compat.version_reasons() == ["sglang==0.6.0 is installed: needs sglang==0.5.23"]
+    assert refusals.version_reasons() == ["sglang==0.6.0 is installed: needs sglang==0.5.23"]
 
 
 def test_no_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,13 +139,13 @@ def test_no_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert compat.version_reasons() == ["sglang is not installed: needs sglang==0.5.23"]
+    assert refusals.version_reasons() == ["sglang is not installed: needs sglang==0.5.23"]
 
 
 def test_refusing_raises_with_every_reason() -> None:
-    compat.refuse([])
+    refuse([])
     with pytest.raises(KVCompressionError) as caught:
-        compat.refuse(["one", "two"])
+        refuse(["one", "two"])
     assert caught.value.reasons == ["one", "two"]
     assert str(caught.value) == "KV compression cannot start:\n- one\n- two"
 
@@ -181,7 +182,7 @@ def model_of(*layers: nn.Module) -> nn.Module:
 
 
 def test_a_plain_decoder_is_served() -> None:
-    assert compat.model_reasons(model_of(attention(), attention())) == []
+    assert refusals.model_reasons(model_of(attention(), attention())) == []
 
 
 @pytest.mark.parametrize(
@@ -196,26 +197,26 @@ def test_a_plain_decoder_is_served() -> None:
     ],
 )
 def test_a_model_is_refused_for_one_of_its_layers(changes: dict[str, Any], word: str) -> None:
-    (reason,) = compat.model_reasons(model_of(attention(), attention(**changes)))
+    (reason,) = refusals.model_reasons(model_of(attention(), attention(**changes)))
     assert word in reason
 
 
 def test_a_model_is_refused_with_all_reasons() -> None:
     odd = attention(sliding_window_size=128, logit_cap=30.0, v_head_dim=4)
-    assert len(compat.model_reasons(model_of(odd))) == 3
+    assert len(refusals.model_reasons(model_of(odd))) == 3
 
 
 def test_layers_that_share_their_entries_are_refused() -> None:
     layers = [attention(), attention(), attention()]
     model = model_of(*layers)
-    assert compat.model_reasons(model) == []
+    assert refusals.model_reasons(model) == []
     layers[2].layer_id = 1
-    (reason,) = compat.model_reasons(model)
+    (reason,) = refusals.model_reasons(model)
     assert "share or skip KV entries" in reason
 
 
 def test_a_model_without_sglangs_attention_is_refused() -> None:
-    (reason,) = compat.model_reasons(model_of())
+    (reason,) = refusals.model_reasons(model_of())
     assert "no attention layer" in reason
 
 
@@ -258,7 +259,7 @@ def allocator_of(pool: Any) -> Any:
 
 
 def test_what_sglang_builds_for_a_plain_model_is_served(runtime_context: None) -> None:
-    assert compat.scheduler_reasons(scheduler_with()) == []
+    assert refusals.scheduler_reasons(scheduler_with()) == []
 
 
 class OtherPool:
@@ -294,13 +295,13 @@ class OtherPool:
 def test_what_sglang_built_is_refused_by_name(
     runtime_context: None, changes: dict[str, Any], words: str
 ) -> None:
-    (reason,) = compat.scheduler_reasons(scheduler_with(**changes))
+    (reason,) = refusals.scheduler_reasons(scheduler_with(**changes))
     assert words in reason
 
 
 def test_a_hybrid_backend_that_captures_at_its_prefill_is_served(runtime_context: None) -> None:
     backend = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend())
-    assert compat.scheduler_reasons(scheduler_with(attn_backend=backend)) == []
+    assert refusals.scheduler_reasons(scheduler_with(attn_backend=backend)) == []
 
 
 @pytest.mark.parametrize("method", RAGGED_METHODS)
@@ -316,8 +317,8 @@ def test_a_decode_backend_that_reads_equal_budgets_is_refused_for_a_ragged_metho
         "which only --decode-attention-backend lava and lava_flashinfer read (torch_native on a "
         "CPU)"
     )
-    (alone,) = compat.scheduler_reasons(scheduler_with(method=method))
-    (half,) = compat.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid))
+    (alone,) = refusals.scheduler_reasons(scheduler_with(method=method))
+    (half,) = refusals.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid))
     assert alone == f"decode attention backend LavaTorchNativeAttnBackend: {expected}"
     assert half == f"decode attention backend TorchNativeAttnBackend: {expected}"
 
@@ -327,7 +328,7 @@ def test_any_decode_backend_serves_a_uniform_method(runtime_context: None, metho
     hybrid = SimpleNamespace(
         prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=TorchNativeAttnBackend()
     )
-    assert compat.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid)) == []
+    assert refusals.scheduler_reasons(scheduler_with(method=method, attn_backend=hybrid)) == []
 
 
 @pytest.mark.parametrize("method", [*RAGGED_METHODS, *UNIFORM_METHODS])
@@ -335,18 +336,18 @@ def test_a_backend_that_decodes_from_the_tape_serves_every_method(
     runtime_context: None, method: str
 ) -> None:
     alone = LavaCpuAttnBackend.__new__(LavaCpuAttnBackend)
-    (unhooked,) = compat.scheduler_reasons(scheduler_with(method=method, attn_backend=alone))
+    (unhooked,) = refusals.scheduler_reasons(scheduler_with(method=method, attn_backend=alone))
     assert "LavaCpuAttnBackend does not hand over its queries" in unhooked
     capture_queries(alone, WindowCapture())
     hybrid = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=alone)
     for backend in (alone, hybrid):
         scheduler = scheduler_with(method=method, attn_backend=backend)
-        assert compat.scheduler_reasons(scheduler) == []
+        assert refusals.scheduler_reasons(scheduler) == []
 
 
 def test_sglangs_own_pool_is_refused(runtime_context: None) -> None:
     """Another plugin took the seam, or the hook did not: nothing would be addressable."""
     pool = build_engine(page_size=1).pool
     pool.__class__ = MHATokenToKVPool
-    (reason,) = compat.scheduler_reasons(scheduler_with(allocator=allocator_of(pool)))
+    (reason,) = refusals.scheduler_reasons(scheduler_with(allocator=allocator_of(pool)))
     assert reason == "KV pool MHATokenToKVPool: only SGLang's plain MHA pool is supported"

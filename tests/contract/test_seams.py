@@ -17,34 +17,34 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
 import lava_sglang.managers.scheduler as our_scheduler_module
-from lava_sglang import compat, plugin, seams
+from lava_sglang.integration import plugin, refusals, seams
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.managers.scheduler import LavaScheduler
 
-PACKAGE = Path(plugin.__file__).parent
+PACKAGE = Path(plugin.__file__).parents[1]
 TARGETS = {seam.target for seam in seams.SEAMS}
 # What hands a hook to SGLang.
 HOOKING = (plugin, our_scheduler_module)
 # Modules with classes that stand in for, or extend, SGLang's in a server process.
 EXTENDING = [
-    "args",
+    "integration.args",
     "attention.flashinfer",
-    "attention.ragged",
+    "attention.backends",
     "mem_cache.pool",
     *(f"managers.{path.stem}" for path in sorted((PACKAGE / "managers").glob("[a-z]*.py"))),
 ]
 
 
 def test_the_installed_sglang_has_every_seam() -> None:
-    assert compat.seam_reasons() == []
-    assert compat.version_reasons() == []
+    assert refusals.seam_reasons() == []
+    assert refusals.version_reasons() == []
 
 
 def test_the_seams_hold_also_where_our_classes_stand(
     plugin_installed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler_module, "Scheduler", LavaScheduler)
-    assert compat.seam_reasons() == []
+    assert refusals.seam_reasons() == []
 
 
 def test_every_seam_says_how_and_why() -> None:
@@ -57,7 +57,7 @@ def test_a_changed_signature_is_reported_by_name(monkeypatch: pytest.MonkeyPatch
     def evict_from_tree_cache(tree_cache: Any, tokens: int, *, force: bool) -> None: ...
 
     monkeypatch.setattr(mem_cache_common, "evict_from_tree_cache", evict_from_tree_cache)
-    (reason,) = compat.seam_reasons()
+    (reason,) = refusals.seam_reasons()
     assert reason == (
         "sglang.srt.mem_cache.common.evict_from_tree_cache takes ('tree_cache', 'tokens', "
         "'force'): expected ('tree_cache', 'num_tokens')"
@@ -66,14 +66,14 @@ def test_a_changed_signature_is_reported_by_name(monkeypatch: pytest.MonkeyPatch
 
 def test_a_changed_method_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Req, "reset_for_retract", lambda self, reason: None)
-    (reason,) = compat.seam_reasons()
+    (reason,) = refusals.seam_reasons()
     assert "schedule_batch.Req.reset_for_retract takes ('self', 'reason')" in reason
 
 
 def test_what_is_gone_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(schedule_batch.Req, "_compute_max_prefix_len")
     monkeypatch.delattr(mem_cache_common, "checkpoint_kv_cache")
-    found = compat.seam_reasons()
+    found = refusals.seam_reasons()
     assert len(found) == 2
     assert all(" is missing: " in reason for reason in found)
     assert "Req._compute_max_prefix_len" in found[0] and "checkpoint_kv_cache" in found[1]
@@ -81,8 +81,8 @@ def test_what_is_gone_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_module_that_is_gone_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = seams.Seam("srt.mem_cache.elsewhere.f", "call", (), "a test")
-    monkeypatch.setattr(compat, "SEAMS", (gone,))
-    (reason,) = compat.seam_reasons()
+    monkeypatch.setattr(refusals, "SEAMS", (gone,))
+    (reason,) = refusals.seam_reasons()
     assert reason.startswith("sglang.srt.mem_cache.elsewhere.f is missing: ")
 
 
@@ -138,7 +138,7 @@ def test_every_override_passes_what_its_base_takes() -> None:
 
 
 def test_the_attention_method_we_override_is_a_seam() -> None:
-    """The subclass in `attention/backend.py` is made at run time, from a backend's class."""
+    """The subclass in `attention/query_capture.py` is made at run time, from a backend's class."""
     assert any(target.endswith(".AttentionBackend.forward_extend") for target in TARGETS)
 
 
@@ -159,7 +159,11 @@ def test_hooks_are_only_added_where_this_test_looks() -> None:
         for path in PACKAGE.rglob("*.py")
         if re.search(r"\bhooks\.add\(|HookRegistry\.register\(", path.read_text())
     }
-    assert {str(path) for path in adding} == {"hooks.py", "plugin.py", "managers/scheduler.py"}
+    assert {str(path) for path in adding} == {
+        "integration/hooks.py",
+        "integration/plugin.py",
+        "managers/scheduler.py",
+    }
 
 
 def test_every_hook_is_a_seam() -> None:

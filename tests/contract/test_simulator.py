@@ -16,7 +16,7 @@ from simulator.simulation import ServerShape, Simulation
 from simulator.trace import Arrival, Lengths, Synthetic, TraceError, read_trace
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.demo.model import CONFIG as DEMO_MODEL
+from lava_sglang.tools.demo.model import CONFIG as DEMO_MODEL
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lava_sglang.demo.model import write_demo_model
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.model import write_demo_model
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import generate_all
 from tests.e2e.prompts import cut, prose_tokens
 from tests.oracle import Oracle, Prefill

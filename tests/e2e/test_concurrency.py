@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lava_sglang.demo.load import measure_concurrency
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.load import measure_concurrency
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import assert_no_leak
 from tests.e2e.conftest import StartServer
 from tests.e2e.prompts import cut

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import generate, info
 from tests.e2e.prompts import cut
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import (
     assert_no_leak,
     generate,

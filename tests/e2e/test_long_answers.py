@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import (
     Response,
     assert_no_leak,

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import Response, assert_no_leak, generate, generate_all, info, replica_stats
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 from tests.e2e.client import assert_no_leak, generate, generate_all, info
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.demo.passages import Prompt
-from lava_sglang.inspection.prefill import load_model, prefill
+from lava_sglang.tools.demo.passages import Prompt
+from lava_sglang.tools.inspection.prefill import load_model, prefill
 from tests.unit.tiny_llama import HEAD_DIM, KV_HEADS, LAYERS, random_tokens, write_tiny_llama
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -12,22 +12,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lava_sglang import __version__, cli, compat, doctor, serve
-from lava_sglang.demo import model as demo_model
-from lava_sglang.demo import run as demo
-from lava_sglang.demo.comparison import ComparisonSettings
-from lava_sglang.seams import SEAMS
-from lava_sglang.server_process import ServerError
+from lava_sglang import __version__
+from lava_sglang.integration import refusals
+from lava_sglang.integration.seams import SEAMS
+from lava_sglang.tools import cli, doctor, serve
+from lava_sglang.tools.demo import model as demo_model
+from lava_sglang.tools.demo import run as demo
+from lava_sglang.tools.demo.comparison import ComparisonSettings
+from lava_sglang.tools.server_process import ServerError
 
 
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where nothing is refused, without importing SGLang."""
-    for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM", *compat.ENVIRONMENT):
+    for name in ("SGLANG_PLUGINS", "SGLANG_PLATFORM", *refusals.ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    monkeypatch.setattr(compat, "version_reasons", list)
-    monkeypatch.setattr(compat, "seam_reasons", list)
+    monkeypatch.setattr(refusals, "version_reasons", list)
+    monkeypatch.setattr(refusals, "seam_reasons", list)
 
 
 def report() -> tuple[int, str]:
@@ -59,7 +61,7 @@ def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
 
 def test_the_command_loads_without_torch_and_sglang() -> None:
     source = (
-        "import sys\nfrom lava_sglang import cli\n"
+        "import sys\nfrom lava_sglang.tools import cli\n"
         "cli._parser()\n"
         "print([m for m in ('torch', 'sglang', 'transformers') if m in sys.modules])"
     )
@@ -149,11 +151,11 @@ def test_doctor_finds_nothing_wrong(clean_environment: None) -> None:
     assert f"Seams in SGLang: {len(SEAMS)} of {len(SEAMS)} ok" in text
     for seam in SEAMS:
         assert seam.target in text
-    for feature in compat.FEATURES:
+    for feature in refusals.FEATURES:
         assert feature.name in text
     for name in ("python", "sglang", "torch", "triton", "flashinfer-python", "lava_cpu"):
         assert name in text
-    assert "lava_sglang.plugin:register" in text
+    assert "lava_sglang.integration.plugin:register" in text
     assert "CPU, no GPU is used" in text
     assert "Nothing here keeps a server from compressing." in text
 
@@ -166,7 +168,7 @@ def test_doctor_shows_changed_and_missing_seams(
         f"sglang.{changed} takes ('a',): expected ('b',)",
         f"sglang.{gone} is missing: no module",
     ]
-    monkeypatch.setattr(compat, "seam_reasons", lambda: reasons)
+    monkeypatch.setattr(refusals, "seam_reasons", lambda: reasons)
     section = doctor.seams()
     states = {check.detail: check.state for check in section.checks}
     assert states == {seam.target: "ok" for seam in SEAMS} | {changed: "changed", gone: "missing"}
@@ -182,7 +184,7 @@ def test_doctor_survives_an_sglang_that_does_not_import(
     def fail() -> list[str]:
         raise OSError("libcuda.so.1: cannot open\nmore")
 
-    monkeypatch.setattr(compat, "seam_reasons", fail)
+    monkeypatch.setattr(refusals, "seam_reasons", fail)
     status, text = report()
     assert status == 1
     assert "- SGLang cannot be imported: OSError: libcuda.so.1: cannot open\n" in text
@@ -191,7 +193,7 @@ def test_doctor_survives_an_sglang_that_does_not_import(
 def test_doctor_refuses_another_version(
     clean_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "version_reasons", lambda: ["sglang==0.5.22 is installed"])
+    monkeypatch.setattr(refusals, "version_reasons", lambda: ["sglang==0.5.22 is installed"])
     status, text = report()
     assert status == 1
     assert "wrong" in text and "- sglang==0.5.22 is installed" in text

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lava_sglang.demo import run as demo
-from lava_sglang.demo import screen
-from lava_sglang.demo.comparison import Comparison, ComparisonSettings, server_options
-from lava_sglang.demo.load import ConcurrencyResult, RequestTrace
-from lava_sglang.demo.passages import (
+from lava_sglang.tools.demo import run as demo
+from lava_sglang.tools.demo import screen
+from lava_sglang.tools.demo.comparison import Comparison, ComparisonSettings, server_options
+from lava_sglang.tools.demo.load import ConcurrencyResult, RequestTrace
+from lava_sglang.tools.demo.passages import (
     QUESTION,
     PassageError,
     Prompt,
@@ -23,7 +23,7 @@ from lava_sglang.demo.passages import (
     python_topics,
     text_files,
 )
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 
 FAKE = Path(__file__).with_name("fake_server.py")
 

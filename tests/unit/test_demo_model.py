@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from tokenizers import Tokenizer
 
-from lava_sglang.demo import model as demo_model
-from lava_sglang.demo.model import ChecksumError, DemoModelError
+from lava_sglang.tools.demo import model as demo_model
+from lava_sglang.tools.demo.model import ChecksumError, DemoModelError
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 8, 32
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -166,7 +166,9 @@ def checkout(tmp_path: Path) -> Checkout:
     for script in ("docker/install.sh", "bin/python3.11"):
         (root / script).chmod(0o755)
     checkout = Checkout(root, tmp_path / "metadata")
-    checkout.declare("lava-sglang", "1", "[sglang.srt.plugins]\nlava = lava_sglang.plugin:register")
+    checkout.declare(
+        "lava-sglang", "1", "[sglang.srt.plugins]\nlava = lava_sglang.integration.plugin:register"
+    )
     return checkout
 
 

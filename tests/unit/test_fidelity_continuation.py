@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from variants import choose, parse_variants
 
-from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.kernels.select import Selection
+from lava_sglang.tools.inspection.prefill import Prefill, load_model, prefill
 from tests import oracle, oracle_keep
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, random_tokens, write_tiny_llama
 

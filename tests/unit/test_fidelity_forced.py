@@ -17,7 +17,7 @@ from contexts import Context
 from results import Results
 from server_comparison import ServerComparison, compare
 
-from lava_sglang.forced_tokens import SHIFT, ForcedTokens
+from lava_sglang.tools.forced_tokens import SHIFT, ForcedTokens
 
 VOCABULARY = 200
 PROMPT = [1, 2, 3]

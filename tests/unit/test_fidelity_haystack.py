@@ -8,7 +8,7 @@ from contexts import Context, Cutter
 from haystack import KINDS, needles
 from texts import Row, Texts, load_texts
 
-from lava_sglang.demo.passages import PassageError
+from lava_sglang.tools.demo.passages import PassageError
 from tests.unit.tiny_tokenizer import tiny_tokenizer
 
 SENTENCES = "".join(f"In the year {year} it rained, and the king slept. " for year in range(900))

@@ -30,7 +30,7 @@ from peers import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lava_sglang.inspection.prefill import ATTENTION, load_model, prefill
+from lava_sglang.tools.inspection.prefill import ATTENTION, load_model, prefill
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, QUERY_HEADS, random_tokens
 
 PROMPT = random_tokens(90, 3)

@@ -18,8 +18,8 @@ from tasksets.recipe import fill, inserted
 from tasksets.sample import Fitter, Sample
 from tasksets.suites import RULER, SUITES, samples, task_names
 
-from lava_sglang.demo.passages import PassageError
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.passages import PassageError
+from lava_sglang.tools.server_process import Server
 from tests.unit.tiny_llama import write_tiny_llama
 from tests.unit.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer, write_tiny_tokenizer
 

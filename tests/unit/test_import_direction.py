@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lava_sglang"
 
-# plugin -> managers, attention -> mem_cache, policy -> kernels, config
+# tools -> integration -> managers, attention -> mem_cache, policy -> kernels, config
 RANKS = {
-    "plugin": 3,
+    "tools": 4,
+    "integration": 3,
     "managers": 2,
     "attention": 2,
     "mem_cache": 1,
@@ -23,8 +24,8 @@ RANKS = {
     "kernels": 0,
     "config": 0,
 }
-# The one arrow inside a rank: the lifecycle reads the window that attention filled.
-WITHIN_A_RANK = {("managers", "attention")}
+# The lifecycle reads the window that attention filled; the scheduler installs its own hooks.
+WITHIN_A_RANK = {("managers", "attention"), ("managers", "integration")}
 WITHOUT_SGLANG = ("kernels", "policy", "config")
 KERNEL_IMPORTS = {"torch", "triton", "lava_sglang"}
 CPU_KERNEL_IMPORTS = {"numba", "llvmlite", "numpy"}  # SGLang depends on numba
@@ -150,7 +151,8 @@ def test_the_light_modules_load_without_torch_and_sglang() -> None:
     """What the launcher and `lava-sglang --help` import before anything is decided."""
     source = (
         "import sys\n"
-        "import lava_sglang, lava_sglang.config, lava_sglang.seams, lava_sglang.compat\n"
+        "import lava_sglang, lava_sglang.config\n"
+        "import lava_sglang.integration.seams, lava_sglang.integration.refusals\n"
         "print([m for m in ('torch', 'sglang', 'transformers') if m in sys.modules])"
     )
     found = subprocess.run(

@@ -14,15 +14,15 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from lava_sglang import cli
 from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
-from lava_sglang.inspection import run as inspection
-from lava_sglang.inspection.kept import KeptPrompt, kept_prompt, runs
-from lava_sglang.inspection.plot import save_plot
-from lava_sglang.inspection.prefill import load_model, prefill
-from lava_sglang.inspection.report import RUN_CHARACTERS, report
-from lava_sglang.inspection.settings import InspectionError
 from lava_sglang.policy import METHODS, PromptView, keep
+from lava_sglang.tools import cli
+from lava_sglang.tools.inspection import run as inspection
+from lava_sglang.tools.inspection.kept import KeptPrompt, kept_prompt, runs
+from lava_sglang.tools.inspection.plot import save_plot
+from lava_sglang.tools.inspection.prefill import load_model, prefill
+from lava_sglang.tools.inspection.report import RUN_CHARACTERS, report
+from lava_sglang.tools.inspection.settings import InspectionError
 from tests.unit.tiny_llama import KV_HEADS, LAYERS, VOCABULARY, random_tokens, write_tiny_llama
 
 WINDOW = 8

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.inspection.prefill import Prefill, load_model, prefill
 from lava_sglang.policy import METHODS, keep
+from lava_sglang.tools.inspection.prefill import Prefill, load_model, prefill
 from tests import oracle, oracle_keep
 from tests.unit.tiny_llama import random_tokens, write_tiny_llama
 
@@ -91,7 +91,7 @@ def test_without_last_is_the_shorter_prompt(model: Any, short: Prefill) -> None:
 def test_other_kinds_of_attention_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`position_ids`, which Llama hands to its attention, stands for what others hand over."""
     monkeypatch.setattr(
-        "lava_sglang.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "position_ids")
+        "lava_sglang.tools.inspection.prefill._UNSUPPORTED", ("softcap", "s_aux", "position_ids")
     )
     with pytest.raises(NotImplementedError, match="LlamaAttention: attention with position_ids"):
         prefill(model, PROMPT[:20], WINDOW)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lava_sglang.demo.load import (
+from lava_sglang.tools.demo.load import (
     ConcurrencyResult,
     LoadError,
     LoadProgress,
@@ -15,7 +15,7 @@ from lava_sglang.demo.load import (
     measure_concurrency,
     peak_overlap,
 )
-from lava_sglang.server_process import Server
+from lava_sglang.tools.server_process import Server
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
 

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import lava_sglang
-from lava_sglang.compat import SGLANG_VERSION
+from lava_sglang.integration.refusals import SGLANG_VERSION
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -51,9 +51,9 @@ def test_every_data_file_is_matched_by_the_package_data() -> None:
 @pytest.mark.parametrize(
     ("group", "name", "value"),
     [
-        ("sglang.srt.plugins", "lava", "lava_sglang.plugin:register"),
+        ("sglang.srt.plugins", "lava", "lava_sglang.integration.plugin:register"),
         ("sglang.srt.platforms", "lava_cpu", "lava_sglang.cpu_platform.platform:activate"),
-        ("console_scripts", "lava-sglang", "lava_sglang.cli:main"),
+        ("console_scripts", "lava-sglang", "lava_sglang.tools.cli:main"),
     ],
 )
 def test_entry_points_are_installed_and_name_a_function(group: str, name: str, value: str) -> None:

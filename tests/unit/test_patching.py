@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from lava_sglang import patching
-from lava_sglang.patching import PatchError, PatchSeries, PatchState, SGLangInstall
+from lava_sglang.tools import patching
+from lava_sglang.tools.patching import PatchError, PatchSeries, PatchState, SGLangInstall
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = sorted((ROOT / "patches").glob("sglang-*"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lava_sglang.server_process import HOST, Server, ServerError, free_port, machine_options
+from lava_sglang.tools.server_process import HOST, Server, ServerError, free_port, machine_options
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
 StartFake = Callable[..., Server]
@@ -125,7 +125,7 @@ def test_ctrl_c_stops_it(polls: str, tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from lava_sglang.server_process import Server\n"
+        "from lava_sglang.tools.server_process import Server\n"
         "log, command = Path(sys.argv[1]), sys.argv[2].split('|')\n"
         "server = Server(sys.argv[3:], log_path=log, command=command)\n"
         "server.progress = lambda *_: print(server.process.pid, flush=True)\n"

@@ -14,7 +14,7 @@ from serving.report import decoding_over_time, plot, table
 from serving.server_state import ServerCounters
 from serving.workloads import LoadShape
 
-from lava_sglang.demo.load import LoadError
+from lava_sglang.tools.demo.load import LoadError
 
 LATENCIES = {f"{name}_{p}": 10.0 for name in ("ttft", "tpot", "itl") for p in ("p50", "p99")}
 SHAPE = LoadShape("unshared", 2, 100, 11)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from serving.workloads import Conversation, LoadShape, conversations, write_dataset
 
-from lava_sglang.demo.passages import PassageError
+from lava_sglang.tools.demo.passages import PassageError
 
 LETTERS = "abcdefghij"
 TEXTS = {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lava_sglang.attention.backend import capture_queries
+from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture, WindowQueries
 
 NUM_LAYERS = 3

@@ -12,9 +12,9 @@ from typing import Any
 
 from lava_sglang import __version__
 from lava_sglang.config import KVCompressionError
-from lava_sglang.demo.comparison import ComparisonSettings
-from lava_sglang.inspection.settings import InspectionError, InspectionSettings
-from lava_sglang.patching import add_patch_command
+from lava_sglang.tools.demo.comparison import ComparisonSettings
+from lava_sglang.tools.inspection.settings import InspectionError, InspectionSettings
+from lava_sglang.tools.patching import add_patch_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,13 +96,13 @@ def _add_serve(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lava_sglang import doctor
+    from lava_sglang.tools import doctor
 
     return doctor.run(Console())
 
 
 def _demo_model(args: argparse.Namespace) -> int:
-    from lava_sglang.demo.model import DemoModelError, write_demo_model
+    from lava_sglang.tools.demo.model import DemoModelError, write_demo_model
 
     try:
         write_demo_model(args.directory, lambda line: print(line, flush=True))
@@ -112,8 +112,8 @@ def _demo_model(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from lava_sglang import serve
-    from lava_sglang.server_process import ServerError
+    from lava_sglang.tools import serve
+    from lava_sglang.tools.server_process import ServerError
 
     _stop_on_sigterm()
     try:
@@ -127,10 +127,10 @@ def _demo(args: argparse.Namespace) -> int:
     import httpx
     from rich.console import Console
 
-    from lava_sglang.demo import run as demo
-    from lava_sglang.demo.load import LoadError
-    from lava_sglang.demo.passages import PassageError
-    from lava_sglang.server_process import ServerError
+    from lava_sglang.tools.demo import run as demo
+    from lava_sglang.tools.demo.load import LoadError
+    from lava_sglang.tools.demo.passages import PassageError
+    from lava_sglang.tools.server_process import ServerError
 
     _stop_on_sigterm()
     try:
@@ -150,7 +150,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lava_sglang.inspection import run as inspection
+    from lava_sglang.tools.inspection import run as inspection
 
     try:
         inspection.run(InspectionSettings.from_arguments(args), Console())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+from lava_sglang.attention.backends import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
-from lava_sglang.attention.ragged import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
 from lava_sglang.attention.window import DecodeQueries, WindowCapture
 from lava_sglang.config import DECODE_BACKENDS
 from lava_sglang.mem_cache.host_tape import HostTape

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 
-from lava_sglang.server_process import Server, machine_options
+from lava_sglang.tools.server_process import Server, machine_options
 
 _SHOW_SECONDS = 0.3
 _QUESTION = {"messages": [{"role": "user", "content": "What is a radix tree?"}], "max_tokens": 64}

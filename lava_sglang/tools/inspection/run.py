@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.inspection.kept import KeptPrompt, kept_prompt
-from lava_sglang.inspection.report import report
-from lava_sglang.inspection.settings import InspectionError, InspectionSettings
 from lava_sglang.policy import METHODS
+from lava_sglang.tools.inspection.kept import KeptPrompt, kept_prompt
+from lava_sglang.tools.inspection.report import report
+from lava_sglang.tools.inspection.settings import InspectionError, InspectionSettings
 
 
 def run(settings: InspectionSettings, console: Console) -> KeptPrompt:
@@ -29,8 +29,8 @@ def run(settings: InspectionSettings, console: Console) -> KeptPrompt:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from lava_sglang.inspection.plot import save_plot
-    from lava_sglang.inspection.prefill import load_model, prefill
+    from lava_sglang.tools.inspection.plot import save_plot
+    from lava_sglang.tools.inspection.prefill import load_model, prefill
 
     disable_progress_bar()
     compression = settings.compression()

@@ -8,17 +8,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lava_sglang.demo.comparison import (
+from lava_sglang.tools.demo.comparison import (
     Comparison,
     ComparisonSettings,
     load_prompts,
     run_prompts,
     server_options,
 )
-from lava_sglang.demo.load import ConcurrencyResult, LoadProgress, RequestTrace
-from lava_sglang.demo.passages import QUESTION, Prompt
-from lava_sglang.demo.screen import live
-from lava_sglang.server_process import Server
+from lava_sglang.tools.demo.load import ConcurrencyResult, LoadProgress, RequestTrace
+from lava_sglang.tools.demo.passages import QUESTION, Prompt
+from lava_sglang.tools.demo.screen import live
+from lava_sglang.tools.server_process import Server
 
 _STATE_STYLES = {"waiting": "dim", "decoding": "yellow", "done": "green"}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from lava_sglang.compat import refuse, seam_reasons, version_reasons
+from lava_sglang.config import refuse
+from lava_sglang.integration.refusals import seam_reasons, version_reasons
 
 _registered: set[str] = set()
 

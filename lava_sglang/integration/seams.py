@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where we touch SGLang 0.5.23, with the parameters we count on.
 
-`compat.seam_reasons` compares them with the installed SGLang before a server starts.
+`refusals.seam_reasons` compares them with the installed SGLang before a server starts.
 """
 
 from __future__ import annotations

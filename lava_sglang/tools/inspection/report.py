@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lava_sglang.inspection.kept import KeptPrompt, runs
+from lava_sglang.tools.inspection.kept import KeptPrompt, runs
 
 LONGEST_RUNS = 8
 """Stretches of text shown of a head."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What we run with, and refuse: versions, seams, SGLang features, models.
 
-Every function here returns reasons, one sentence each; `refuse` raises with all of them.
+Every function here returns reasons, one sentence each; `config.refuse` raises with all of them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig, KVCompressionError
-from lava_sglang.seams import SEAMS
+from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
+from lava_sglang.integration.seams import SEAMS
 
 SGLANG_VERSION = "0.5.23"
-
-
-def refuse(reasons: list[str]) -> None:
-    """Raises KVCompressionError if there is any reason."""
-    if reasons:
-        raise KVCompressionError(reasons, heading="KV compression cannot start")
 
 
 def version_reasons() -> list[str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
-from lava_sglang.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
-from lava_sglang.demo.passages import Prompt, long_prompts, python_topics, text_files
-from lava_sglang.server_process import Server, machine_options
+from lava_sglang.tools.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
+from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files
+from lava_sglang.tools.server_process import Server, machine_options
 
 OFF = {"kv_compression": {"enabled": False}}
 CHUNKED_PREFILL_SIZE = 1024

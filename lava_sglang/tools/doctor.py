@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lava_sglang import __version__, compat
-from lava_sglang.seams import SEAMS
+from lava_sglang import __version__
+from lava_sglang.integration import refusals
+from lava_sglang.integration.seams import SEAMS
 
 DISTRIBUTION = "lava-sglang"
 PLUGIN = ("sglang.srt.plugins", "lava")
@@ -68,7 +69,7 @@ def run(console: Console) -> int:
 
 
 def versions() -> Section:
-    reasons = compat.version_reasons()
+    reasons = refusals.version_reasons()
     checks = [
         Check("python", "", host.python_version()),
         Check("sglang", "wrong" if reasons else "ok", _version("sglang")),
@@ -101,7 +102,7 @@ def plugins(environ: Mapping[str, str]) -> Section:
 def seams() -> Section:
     """Imports SGLang."""
     try:
-        reasons = compat.seam_reasons()
+        reasons = refusals.seam_reasons()
     # Importing SGLang can fail in any way: a native library, a wrong driver, ...
     except Exception as error:
         first_line = str(error).partition("\n")[0]
@@ -128,17 +129,17 @@ def platform() -> Section:
 
 def environment(environ: Mapping[str, str]) -> Section:
     """Variables that switch on what is refused."""
-    reasons = compat.environment_reasons(environ)
+    reasons = refusals.environment_reasons(environ)
     checks = [
         Check(variable, "refused" if any(variable in r for r in reasons) else "ok", feature)
-        for variable, feature in compat.ENVIRONMENT.items()
+        for variable, feature in refusals.ENVIRONMENT.items()
     ]
     return Section("Environment", checks, reasons)
 
 
 def features() -> Section:
     """The server options that are refused; a server names those that are on when it starts."""
-    checks = [Check(f"--{f.field.replace('_', '-')}", "", f.name) for f in compat.FEATURES]
+    checks = [Check(f"--{f.field.replace('_', '-')}", "", f.name) for f in refusals.FEATURES]
     return Section("Refused together with compression", checks, [])
 
 

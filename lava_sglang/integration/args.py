@@ -94,7 +94,7 @@ def _rebuild(cls: type, fields: dict[str, Any], bookkeeping: dict[str, Any]) -> 
 
     server_args: LavaServerArgs = _rebuild_server_args(cls, fields, bookkeeping)
     if server_args.kv_compression != "none":
-        from lava_sglang import plugin
+        from lava_sglang.integration import plugin
 
         plugin.install()
     return server_args
@@ -151,11 +151,11 @@ def validate(server_args: Any, previous: Any) -> None:
     except KVCompressionError as error:
         reasons = error.reasons
     if config is None or config.enabled:
-        from lava_sglang import compat
+        from lava_sglang.integration import refusals
 
-        reasons = reasons + compat.version_reasons() + compat.feature_reasons(view)
+        reasons = reasons + refusals.version_reasons() + refusals.feature_reasons(view)
         if config is not None and config.decode_kernel == "flashinfer":
-            reasons += compat.flashinfer_reasons(config, view.device)
+            reasons += refusals.flashinfer_reasons(config, view.device)
     if reasons:
         raise KVCompressionError(reasons, heading="KV compression cannot start")
 

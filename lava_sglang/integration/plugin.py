@@ -14,13 +14,13 @@ from multiprocessing import parent_process
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from lava_sglang import hooks, seams
+from lava_sglang.integration import hooks, seams
 
 
 def register() -> None:
     """Entry point `sglang.srt.plugins`. Idempotent."""
-    from lava_sglang.args import LavaServerArgs, choose_decode_backend, validate
     from lava_sglang.config import DECODE_BACKENDS
+    from lava_sglang.integration.args import LavaServerArgs, choose_decode_backend, validate
 
     if hooks.add("sglang.srt.server_args.ServerArgs", LavaServerArgs, HookType.REPLACE):
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from lava_sglang.inspection.kept import KeptPrompt
+from lava_sglang.tools.inspection.kept import KeptPrompt
 
 WIDTH, DPI = 9.0, 110  # inches, pixels an inch: 990 pixels
 MAX_BINS = 400  # of the token axis

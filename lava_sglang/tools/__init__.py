@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is not serving: command line, doctor, demo, inspection."""
