@@ -27,10 +27,11 @@ from rich.table import Table
 from timing import Timing
 from transformers import AutoTokenizer
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.compact import compact
 from lava_sglang.mem_cache.arena import create_arena
 from lava_sglang.mem_cache.tape import TapeTable
+from lava_sglang.methods import METHOD_CHOICES
 from lava_sglang.policy import METHODS, PromptView, choose
 from lava_sglang.policy.base import Ranking
 from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files

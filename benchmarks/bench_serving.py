@@ -24,7 +24,8 @@ from serving.report import plot, table
 from serving.targets import NAMES, ServerKind, Target, in_turn
 from serving.workloads import WORKLOADS, Conversation, LoadShape, conversations
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionError
+from lava_sglang.config import KVCompressionError
+from lava_sglang.methods import METHOD_CHOICES
 from lava_sglang.tools.demo.comparison import CHUNKED_PREFILL_SIZE
 from lava_sglang.tools.demo.load import LoadError
 from lava_sglang.tools.demo.passages import PassageError, python_topics, text_files

@@ -28,7 +28,8 @@ from simulator.simulation import ServerShape
 from simulator.sweep import STOCK, Case, Point, sweep
 from simulator.trace import Lengths, Synthetic, TraceError, read_trace
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressionError
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import METHOD_CHOICES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

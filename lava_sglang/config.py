@@ -23,17 +23,14 @@ from pydantic import (
     field_validator,
 )
 
-RAGGED_METHODS = ("lava", "lava_span", "adakv", "pyramidkv")
-"""Methods that keep their own number of entries in every layer and head: any of them needs the
-server to have been started with one, for its decode backend."""
-
-UNIFORM_METHODS = ("snapkv", "streamingllm", "random")
-"""Methods that keep the same number of entries everywhere: any decode backend reads them."""
-
-POOLED_HEAD_METHODS = ("lava", "lava_span", "adakv")
-"""Methods in which the heads of a layer compete for its entries: `head_floor` has a meaning."""
-
-METHOD_CHOICES = ("none", *RAGGED_METHODS, *UNIFORM_METHODS)
+from lava_sglang.methods import (
+    COMPETING_METHODS,
+    METHOD_CHOICES,
+    METHODS,
+    RAGGED_METHODS,
+    UNIFORM_METHODS,
+    MethodTraits,
+)
 
 DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
 """Decode kernel -> name of our attention backend: only these decode ragged requests on a GPU."""
@@ -58,7 +55,7 @@ _ACCEPTS = {
     "uniform_layers": "true or false",
     "uniform_heads": "true or false",
     "head_floor": "a share from 0 to 1, with one of the methods "
-    f"{', '.join(POOLED_HEAD_METHODS)} and without uniform_heads",
+    f"{', '.join(COMPETING_METHODS)} and without uniform_heads",
     "decode_kernel": "'triton' or 'flashinfer'",
     "enabled": "true or false",
 }
@@ -66,14 +63,14 @@ _ACCEPTS = {
 
 def _ladder(budget: Any) -> Any:
     """One number or a list of them as a tuple of floats; anything else as it is."""
-    rungs = budget if isinstance(budget, list | tuple) else [budget]
-    if rungs and all(isinstance(rung, int | float) and rung is not True for rung in rungs):
-        return tuple(float(rung) for rung in rungs)
+    steps = budget if isinstance(budget, list | tuple) else [budget]
+    if steps and all(isinstance(step, int | float) and step is not True for step in steps):
+        return tuple(float(step) for step in steps)
     return budget
 
 
 Ladder = Annotated[tuple[float, ...], BeforeValidator(_ladder)]
-"""Budgets, the highest first; one number is a ladder of one."""
+"""Fractions of the suffix, or tokens, the most first; one number is a ladder of one step."""
 
 
 class KVCompressionError(ValueError):
@@ -101,10 +98,11 @@ class KVCompressionConfig(BaseModel):
     min_tokens: int = Field(default=512, ge=1)
     # Last prompt tokens whose queries score the suffix; their own entries are always kept.
     window_size: int = Field(default=32, ge=1, le=1024)
-    # Fractions of the suffix up to 1, tokens above it: mean entries kept per layer and KV head.
-    # More than one is a ladder: the first that the pool affords, lower when slots are short.
+    # What the operator calls the budget, `ladder` in the code: fractions of the suffix up to 1,
+    # tokens above it, of the mean entries kept per layer and KV head. A request takes the first
+    # step that the pool affords, and goes down when slots are short.
     budget: Ladder = (0.25,)
-    # Width in tokens of the max-pool over the scores of lava, snapkv, adakv and pyramidkv.
+    # Width in tokens of the max-pool over the window's attention, in the methods that pool it.
     pool_width: int = Field(default=7, ge=1, le=63)
     # First suffix tokens that StreamingLLM keeps.
     sink_tokens: int = Field(default=4, ge=0)
@@ -131,7 +129,7 @@ class KVCompressionConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method not in METHOD_CHOICES:
+        if method != "none" and method not in METHODS:
             raise ValueError("unknown method")
         return method
 
@@ -145,10 +143,9 @@ class KVCompressionConfig(BaseModel):
     @field_validator("head_floor")
     @classmethod
     def _heads_compete(cls, head_floor: float | None, info: ValidationInfo) -> float | None:
-        # What is absent is bad itself.
-        method = info.data.get("method", "none")
-        if head_floor is not None and method not in ("none", *POOLED_HEAD_METHODS):
-            raise ValueError(f"{method} gives every head of a layer the same")
+        traits = _traits(info)
+        if head_floor is not None and traits is not None and not traits.heads_compete:
+            raise ValueError(f"{info.data['method']} gives every head of a layer the same")
         if head_floor is not None and info.data.get("uniform_heads", False):
             raise ValueError("uniform_heads=True gives every head of a layer the same")
         return head_floor
@@ -158,26 +155,29 @@ class KVCompressionConfig(BaseModel):
     def _fractions_or_tokens(
         cls, budget: tuple[float, ...], info: ValidationInfo
     ) -> tuple[float, ...]:
-        window_size = info.data.get("window_size", 0)  # absent if it is bad itself
-        for rung in budget:
-            if not math.isfinite(rung) or rung <= 0 or (rung > 1 and rung != int(rung)):
-                raise ValueError(f"{_plain(rung)} is neither a fraction nor a number of tokens")
-            if 1 < rung <= window_size:
+        window_size = info.data.get("window_size", 0)  # 0 if it is refused itself
+        for step in budget:
+            if not math.isfinite(step) or step <= 0 or (step > 1 and step != int(step)):
+                raise ValueError(f"{_plain(step)} is neither a fraction nor a number of tokens")
+            if 1 < step <= window_size:
                 raise ValueError(f"must exceed window_size={window_size}, it includes the window")
         for above, below in itertools.pairwise(budget):
             if below >= above or (above > 1) != (below > 1):
                 raise ValueError(f"{_plain(below)} is not a lower rung than {_plain(above)}")
-        if len(budget) > 1 and info.data.get("method") == "streamingllm":
-            raise ValueError("streamingllm takes one budget, two bytes cannot hold its order")
+        traits = _traits(info)
+        if len(budget) > 1 and traits is not None and not traits.takes_ladder:
+            method = info.data["method"]
+            raise ValueError(f"{method} takes one budget, two bytes cannot hold its order")
         return budget
 
     @field_validator("decode_interval")
     @classmethod
     def _above_window(cls, interval: int | None, info: ValidationInfo) -> int | None:
-        window_size = info.data.get("window_size", 0)
+        window_size = info.data.get("window_size", 0)  # 0 if it is refused itself
         if interval is not None and interval <= window_size:
             raise ValueError(f"must exceed window_size={window_size}")
-        if interval is not None and info.data.get("method") in ("streamingllm", "random"):
+        traits = _traits(info)
+        if interval is not None and traits is not None and not traits.needs_queries:
             raise ValueError(f"{info.data['method']} scores by no queries")
         return interval
 
@@ -187,21 +187,27 @@ class KVCompressionConfig(BaseModel):
 
     @property
     def ragged(self) -> bool:
-        return self.method in RAGGED_METHODS
+        return self.enabled and METHODS[self.method].ragged
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        """What the operator asks for, fractions or tokens; `rungs` are the slots of one suffix."""
+        return self.budget
 
     @property
     def has_ladder(self) -> bool:
-        return len(self.budget) > 1
+        return len(self.ladder) > 1
 
     def rungs(self, suffix_len: int, page_size: int) -> tuple[int, ...]:
-        """Slots that a suffix of `suffix_len` tokens may be compressed to, the most first.
+        """The ladder in slots: what `suffix_len` tokens may be compressed to, the most first.
 
         Multiples of `page_size`, at least window_size + 1 each, so that the window and one scored
-        entry fit; only those that drop something, so none where the budget covers the suffix.
+        entry fit. A step that would drop nothing has no rung, nor has one that comes to the slots
+        of the step above it.
         """
         rungs: list[int] = []
-        for budget in self.budget:
-            tokens = math.ceil(budget * suffix_len) if budget <= 1 else int(budget)
+        for step in self.ladder:
+            tokens = math.ceil(step * suffix_len) if step <= 1 else int(step)
             tokens = max(tokens, self.window_size + 1)
             slots = -(-tokens // page_size) * page_size
             if slots < min(rungs[-1:] or [suffix_len]):
@@ -209,8 +215,9 @@ class KVCompressionConfig(BaseModel):
         return tuple(rungs)
 
     def covers(self, suffix_len: int) -> bool:
-        """Whether the first rung drops nothing: the suffix stays exact until slots are short."""
-        first = self.budget[0]
+        """Whether the ladder's first step drops nothing: the suffix stays exact until slots are
+        short."""
+        first = self.ladder[0]
         return first == 1 or first >= suffix_len
 
     @classmethod
@@ -254,7 +261,8 @@ class KVCompressionConfig(BaseModel):
             )
         changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
         merged = {**self.model_dump(), **changed}
-        if merged["method"] not in POOLED_HEAD_METHODS:
+        traits = METHODS.get(merged["method"])
+        if traits is None or not traits.heads_compete:
             merged["head_floor"] = None
         settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
         return settings if request.enabled else settings.model_copy(update={"method": "none"})
@@ -268,6 +276,14 @@ class RequestOverride(BaseModel):
     enabled: bool = True
     method: Literal[METHOD_CHOICES[1:]] | None = None  # type: ignore[valid-type]
     budget: Ladder | None = None
+
+
+def _traits(info: ValidationInfo) -> MethodTraits | None:
+    """The traits of the method that is validated before; None where it is off, or refused itself.
+
+    pydantic leaves a setting that it refuses out of `info.data`.
+    """
+    return METHODS.get(info.data.get("method", "none"))
 
 
 def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:

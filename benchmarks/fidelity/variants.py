@@ -14,7 +14,8 @@ from attention_inputs import AttentionInputs
 from continuation import Columns, kept_columns
 
 from lava_sglang import policy
-from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.methods import RAGGED_METHODS
 from lava_sglang.policy import METHODS, Method
 from lava_sglang.tools.inspection.prefill import Prefill
 

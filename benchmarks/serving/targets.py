@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressionError
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import METHOD_CHOICES
 
 STOCK = "stock"
 NAMES = {

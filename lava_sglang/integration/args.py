@@ -17,17 +17,14 @@ from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.server_args import ServerArgs
 
-from lava_sglang.config import (
-    DECODE_BACKENDS,
-    METHOD_CHOICES,
-    RAGGED_METHODS,
-    KVCompressionConfig,
-    KVCompressionError,
-)
+from lava_sglang.config import DECODE_BACKENDS, KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import COMPETING_METHODS, METHOD_CHOICES, METHODS, RAGGED_METHODS
 
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = KVCompressionConfig()
+_METHODS_HELP = "; ".join(f"{name}: {traits.help}" for name, traits in METHODS.items())
+_HEAD_FLOOR_METHODS = ", ".join(COMPETING_METHODS)
 
 
 def parse_budget(text: str) -> Any:
@@ -45,7 +42,8 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
     kv_compression: A[
         str,
         Arg(
-            help="Compress the KV cache of each request's unshared prompt suffix with this method.",
+            help="Compress the KV cache of each request's unshared prompt suffix with this method. "
+            f"{_METHODS_HELP}.",
             choices=list(METHOD_CHOICES),
         ),
         NS("memory"),
@@ -60,7 +58,7 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
             type_parser=parse_budget,
         ),
         NS("memory"),
-    ] = _DEFAULTS.budget[0]
+    ] = _DEFAULTS.ladder[0]
     kv_compression_min_tokens: A[
         int,
         Arg(help="Serve suffixes shorter than this many tokens uncompressed."),
@@ -73,7 +71,7 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
             "decode_interval, admit_ahead, seed, decode_kernel, "
             "uniform_layers (true: every layer keeps equally many), uniform_heads (true: every "
             "head of a layer does), head_floor (share of the layer's mean, 0 to 1, that every head "
-            "keeps at least; lava and adakv). "
+            f"keeps at least; {_HEAD_FLOOR_METHODS}). "
             'Example: \'{"window_size": 32, "scope": "prompt"}\'',
             type_parser=json.loads,
         ),

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lava_sglang.config import RAGGED_METHODS, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
 from lava_sglang.integration.seams import SEAMS
+from lava_sglang.methods import RAGGED_METHODS
 
 SGLANG_VERSION = "0.5.23"
 

@@ -29,7 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "streamingllm": StreamingLLM,
     "random": Random,
 }
-"""The one place where a method registers; `config.METHOD_CHOICES` names the same."""
+"""The one place where a method registers; `lava_sglang.methods` names the same."""
 
 __all__ = [
     "METHODS",

@@ -22,15 +22,11 @@ from sglang.srt.model_executor.cuda_graph_config import (
 from sglang.srt.runtime_context import get_memory
 from sglang.srt.server_args import prepare_server_args
 
-from lava_sglang.config import (
-    RAGGED_METHODS,
-    UNIFORM_METHODS,
-    KVCompressionConfig,
-    KVCompressionError,
-)
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.integration import plugin
 from lava_sglang.integration.args import LavaServerArgs, choose_decode_backend, config_of
 from lava_sglang.managers.scheduler import LavaScheduler
+from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
 
 pytestmark = pytest.mark.usefixtures("plugin_installed")
 

@@ -19,13 +19,14 @@ from torch import nn
 
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.query_capture import attach_tape
-from lava_sglang.config import RAGGED_METHODS, UNIFORM_METHODS, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
 from lava_sglang.config import KVCompressionError as Refused
 from lava_sglang.integration import refusals
 from lava_sglang.kernels import flashinfer_decode
 from lava_sglang.kernels.flashinfer_decode import CALLS, MERGE, WRAPPER
 from lava_sglang.kernels.reference import ragged_decode_ref
 from lava_sglang.managers.request import LavaReq
+from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
 from tests.contract import engine as engine_module
 from tests.contract.engine import (
     KV_HEADS,

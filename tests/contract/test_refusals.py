@@ -21,15 +21,10 @@ from torch import nn
 from lava_sglang.attention.backends import LavaCpuAttnBackend
 from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture
-from lava_sglang.config import (
-    RAGGED_METHODS,
-    UNIFORM_METHODS,
-    KVCompressionConfig,
-    KVCompressionError,
-    refuse,
-)
+from lava_sglang.config import KVCompressionConfig, KVCompressionError, refuse
 from lava_sglang.integration import hooks, plugin, refusals
 from lava_sglang.integration.args import LavaServerArgs
+from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
 from tests.contract.engine import build_engine
 
 DEFAULTS = {

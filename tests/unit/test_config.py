@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lava_sglang.config import (
-    METHOD_CHOICES,
-    POOLED_HEAD_METHODS,
-    RAGGED_METHODS,
-    UNIFORM_METHODS,
-    KVCompressionConfig,
-    KVCompressionError,
-)
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import COMPETING_METHODS, METHOD_CHOICES, RAGGED_METHODS, UNIFORM_METHODS
 
 BUDGET_RANGE = (
     "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size; "
@@ -152,20 +146,20 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
     assert reason.startswith(f"seed={seed}: accepts ")
 
 
-@pytest.mark.parametrize("method", sorted({*METHOD_CHOICES} - {"none", *POOLED_HEAD_METHODS}))
+@pytest.mark.parametrize("method", sorted({*METHOD_CHOICES} - {"none", *COMPETING_METHODS}))
 def test_a_head_floor_is_refused_where_heads_do_not_compete(method: str) -> None:
     (reason,) = reasons({"method": method, "head_floor": 0.3}, display=option)
     why = f"{method} gives every head of a layer the same"
     assert reason == f"--kv head_floor=0.3: accepts {HEAD_FLOOR_RANGE} ({why})"
 
 
-@pytest.mark.parametrize("method", POOLED_HEAD_METHODS)
+@pytest.mark.parametrize("method", COMPETING_METHODS)
 def test_a_head_floor_contradicts_uniform_heads(method: str) -> None:
     (reason,) = reasons({"method": method, "head_floor": 0, "uniform_heads": True})
     assert reason.startswith(f"head_floor=0: accepts {HEAD_FLOOR_RANGE} (uniform_heads=True gives")
 
 
-@pytest.mark.parametrize("method", ["none", *POOLED_HEAD_METHODS])
+@pytest.mark.parametrize("method", ["none", *COMPETING_METHODS])
 @pytest.mark.parametrize("head_floor", [None, 0, 0.2, 1])
 def test_good_head_floors(method: str, head_floor: float | None) -> None:
     config = KVCompressionConfig.parse({"method": method, "head_floor": head_floor})

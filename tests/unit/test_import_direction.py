@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lava_sglang"
 
-# tools -> integration -> managers, attention -> mem_cache, policy -> kernels, config
+# tools -> integration -> managers, attention -> mem_cache, policy -> kernels, config, methods
 RANKS = {
     "tools": 4,
     "integration": 3,
@@ -23,10 +23,12 @@ RANKS = {
     "policy": 1,
     "kernels": 0,
     "config": 0,
+    "methods": 0,
 }
-# The lifecycle reads the window that attention filled; the scheduler installs its own hooks.
-WITHIN_A_RANK = {("managers", "attention"), ("managers", "integration")}
-WITHOUT_SGLANG = ("kernels", "policy", "config")
+# The lifecycle reads the window that attention filled; the scheduler installs its own hooks; the
+# settings ask the table what a method takes.
+WITHIN_A_RANK = {("managers", "attention"), ("managers", "integration"), ("config", "methods")}
+WITHOUT_SGLANG = ("kernels", "policy", "config", "methods")
 KERNEL_IMPORTS = {"torch", "triton", "lava_sglang"}
 CPU_KERNEL_IMPORTS = {"numba", "llvmlite", "numpy"}  # SGLang depends on numba
 SPDX = "# SPDX-License-Identifier: Apache-2.0"

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.methods import METHOD_CHOICES
 from lava_sglang.policy import METHODS, PromptView, keep
 from lava_sglang.tools import cli
 from lava_sglang.tools.inspection import run as inspection

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lava_sglang import config as config_module
-from lava_sglang.config import POOLED_HEAD_METHODS, UNIFORM_METHODS, KVCompressionConfig
+from lava_sglang import methods as table
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.methods import COMPETING_METHODS, UNIFORM_METHODS
 from lava_sglang.policy import METHODS, Method, PromptView, keep
 from tests.unit.random_prompts import NUM_LAYERS, Shape, heads_of, random_prompt, small_shapes
 from tests.unit.slow_policy import (
@@ -49,7 +50,7 @@ def settings_for(
     shape: Shape, method: str = "snapkv", seed: int = 0, options: Options = NO_OPTIONS
 ) -> KVCompressionConfig:
     """A head floor is left out where it is refused."""
-    competing = method in POOLED_HEAD_METHODS and not options.uniform_heads
+    competing = method in COMPETING_METHODS and not options.uniform_heads
     return KVCompressionConfig(
         method=method,
         window_size=shape.window_size,
@@ -329,8 +330,8 @@ def test_ties_go_to_the_lower_head_and_token(shape: Shape, method: type[Method],
 
 
 def test_the_methods_are_those_of_the_settings() -> None:
-    assert {"none", *METHODS} == set(config_module.METHOD_CHOICES)
-    assert len(config_module.METHOD_CHOICES) == len(METHODS) + 1
+    assert {"none", *METHODS} == set(table.METHOD_CHOICES)
+    assert len(table.METHOD_CHOICES) == len(METHODS) + 1
 
 
 def test_only_methods_that_read_queries_ask_for_them(method_name: str, shape: Shape) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig
+from lava_sglang.config import KVCompressionConfig
+from lava_sglang.methods import METHOD_CHOICES
 from lava_sglang.tools.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
 from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files
 from lava_sglang.tools.server_process import Server, machine_options

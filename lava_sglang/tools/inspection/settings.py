@@ -8,7 +8,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lava_sglang.config import METHOD_CHOICES, KVCompressionConfig, KVCompressionError
+from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import METHOD_CHOICES
 
 
 class InspectionError(ValueError):
