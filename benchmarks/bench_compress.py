@@ -32,8 +32,7 @@ from lava_sglang.kernels.compact import compact
 from lava_sglang.mem_cache.arena import create_arena
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.methods import METHOD_CHOICES
-from lava_sglang.policy import METHODS, PromptView, choose
-from lava_sglang.policy.base import Ranking
+from lava_sglang.policy import PromptScores, PromptView, method_of, select_entries
 from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files
 from lava_sglang.tools.inspection.prefill import Prefill, load_model, prefill
 
@@ -73,7 +72,7 @@ class CompressedPrompt:
     def __init__(self, done: Prefill, config: KVCompressionConfig):
         num_layers, _, prompt_len, num_kv_heads, head_dim = done.arena.shape
         device = done.arena.device
-        self.method = METHODS[config.method](config)
+        self.method = method_of(config)
         (self.budget,) = config.rungs(prompt_len, page_size=1)
         num_slots = 1 + prompt_len + self.budget  # slot 0 is padding
         self.arena = create_arena(
@@ -96,11 +95,11 @@ class CompressedPrompt:
     def compress(self) -> dict[str, float]:
         """Seconds of each step. Writes the tape and its table again."""
         watch = Stopwatch(self.arena.device)
-        scores = self.method.score(self.view).contiguous()
+        entries = self.method.score(self.view).contiguous()
         watch.mark()
-        ranking = Ranking(scores, self.method.layer_weights(scores))
+        scores = PromptScores(entries, self.method.layer_weights(entries))
         watch.mark()
-        kept = choose(self.method, ranking, self.view, self.budget)
+        kept = select_entries(self.method, scores, self.view, self.budget)
         watch.mark()
         compact(self.arena, self.view.slots, self.tape_slots, kept.tape_tokens, kept.offsets)
         watch.mark()

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from variants import Contender, Variant, parse_budgets, parse_variants
 
-from lava_sglang.policy import METHODS
+from lava_sglang.methods import METHODS
 from lava_sglang.tools.inspection.prefill import load_model
 
 BUDGETS = "64,128,256,512,0.25"
@@ -58,7 +58,9 @@ def add_method_arguments(
         "--config", type=json.loads, default={}, help="settings of all methods, a JSON object"
     )
     group.add_argument(
-        "--methods-from", type=Path, help="Python file with METHODS, name -> class, of more methods"
+        "--methods-from",
+        type=Path,
+        help="Python file that adds to lava_sglang.methods.METHODS",
     )
     group.add_argument(
         "--budgets",

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 from attention_inputs import AttentionInputs
 from continuation import Columns, kept_columns
 
 from lava_sglang import policy
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.methods import RAGGED_METHODS
-from lava_sglang.policy import METHODS, Method
+from lava_sglang.methods import METHODS
+from lava_sglang.policy import Method, method_of
 from lava_sglang.tools.inspection.prefill import Prefill
 
 
@@ -82,13 +83,22 @@ def parse_variants(
     """Variants of specs such as `lava` and `lava:pool_width=15,window_size=64`.
 
     settings: fields of KVCompressionConfig for all of them; a spec's own come on top.
-    methods_from: a Python file with METHODS, name -> Method class, of more names.
+    methods_from: a Python file that adds methods of its own to `lava_sglang.methods.METHODS`.
     Raises ValueError or KVCompressionError naming the value and what is accepted.
     """
-    methods = dict(METHODS)
     if methods_from is not None:
-        methods |= cast(dict[str, type[Method]], runpy.run_path(str(methods_from))["METHODS"])
-    return [_parse(spec, settings or {}, methods) for spec in specs]
+        _import(methods_from)
+    return [_parse(spec, settings or {}) for spec in specs]
+
+
+def _import(path: Path) -> None:
+    """Run a Python file once, as a module of its name: where the table finds its classes."""
+    if path.stem in sys.modules:
+        return
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, path
+    sys.modules[path.stem] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 class Wanted:
@@ -124,32 +134,30 @@ def choose(
 ) -> list[Columns | None]:
     """What the variant keeps of a prompt at each budget b; None where b covers the suffix.
 
-    The calls that the server makes: `rank` and `choose` of `lava_sglang.policy` on a PromptView.
+    The calls that the server makes: `score_prompt` and `select_entries` of `lava_sglang.policy`.
     """
     suffix_len = prefill.prompt_len - shared_prefix_len
     if all(budget >= suffix_len for budget in budgets):
         return [None] * len(budgets)
     prompt = prefill.view(variant.method.config.window_size, shared_prefix_len)
-    ranking = policy.rank(variant.method, prompt)
+    scores = policy.score_prompt(variant.method, prompt)
     return [
         None
         if budget >= suffix_len
-        else kept_columns(policy.choose(variant.method, ranking, prompt, budget), shared_prefix_len)
+        else kept_columns(
+            policy.select_entries(variant.method, scores, prompt, budget), shared_prefix_len
+        )
         for budget in budgets
     ]
 
 
-def _parse(spec: str, settings: Mapping[str, Any], methods: Mapping[str, type[Method]]) -> Variant:
+def _parse(spec: str, settings: Mapping[str, Any]) -> Variant:
     name, _, options = spec.partition(":")
-    if name not in methods:
-        raise ValueError(f"method {name!r}: accepts {', '.join(methods)}")
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: accepts {', '.join(METHODS)}")
     own = parse_options(options)
-    # A method of a file is unknown to the settings, which only need to name one.
-    registered = name if name in METHODS else RAGGED_METHODS[0]
-    config = KVCompressionConfig.parse(
-        {**settings, **own, "method": registered}, f"{name}: {{}}".format
-    )
-    return Variant(spec, methods[name](config))
+    config = KVCompressionConfig.parse({**settings, **own, "method": name}, f"{name}: {{}}".format)
+    return Variant(spec, method_of(config))
 
 
 def parse_options(text: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Everything is known on the host but which entries are kept, so nothing is read b
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,14 +29,14 @@ from lava_sglang.mem_cache.score_table import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import StreamTimer
 from lava_sglang.policy import (
-    METHODS,
-    Method,
     PromptView,
-    choose,
-    keep_again,
-    keep_fewer,
-    kept_places,
-    rank,
+    load_methods,
+    method_of,
+    score_prompt,
+    select_again,
+    select_entries,
+    select_fewer,
+    tape_entries,
     tape_scores,
 )
 
@@ -45,11 +44,6 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 64
 """Tokens before the window of the prompt that `Compressor.warm_up` makes up."""
-
-
-@cache
-def method_of(config: KVCompressionConfig) -> Method:
-    return METHODS[config.method](config)
 
 
 class Compressor:
@@ -78,6 +72,7 @@ class Compressor:
         Compresses a made-up prompt whose tokens all lie in slot 0, SGLang's padding. Mutates
         nothing else. A method that only a request names compiles at its first request.
         """
+        load_methods()
         arena, window_size, method = self.kv_pool.arena, config.window_size, method_of(config)
         num_layers, _, _, _, head_dim = arena.shape
         num_qo_heads = self.layers[0].tp_q_head_num
@@ -91,16 +86,16 @@ class Compressor:
             shared_prefix_len=0,
             window_size=window_size,
         )
-        ranking = rank(method, prompt)
-        kept = choose(method, ranking, prompt, budget)
+        prompt_scores = score_prompt(method, prompt)
+        kept = select_entries(method, prompt_scores, prompt, budget)
         compact(arena, slots, slots[:budget], kept.tape_tokens, kept.offsets)
         if self.scores is not None:
-            scores = tape_scores(prompt, ranking, kept)
-            fewer = keep_fewer(
+            scores = tape_scores(prompt, prompt_scores, kept)
+            fewer = select_fewer(
                 method,
                 scores,
                 kept.offsets,
-                ranking.layer_weights,
+                prompt_scores.layer_weights,
                 len(slots),
                 window_size,
                 window_size + 1,
@@ -140,12 +135,12 @@ class Compressor:
                 shared_prefix_len=plan.shared_prefix_len,
                 window_size=req.compression.window_size,
             )
-            ranking = rank(method, prompt)
-            kept = choose(method, ranking, prompt, budget)
+            prompt_scores = score_prompt(method, prompt)
+            kept = select_entries(method, prompt_scores, prompt, budget)
             compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
             if self.scores is not None:
-                self.scores.write(slots, tape_scores(prompt, ranking, kept))
-                self.scores.layer_weights[row] = ranking.layer_weights
+                self.scores.write(slots, tape_scores(prompt, prompt_scores, kept))
+                self.scores.layer_weights[row] = prompt_scores.layer_weights
             if len(private) > budget:  # whole pages: the tail does not start where a page does
                 tail = exact_slots[plan.prompt_len :]
                 tail_slots = private[budget : budget + len(tail)]
@@ -171,7 +166,7 @@ class Compressor:
         self.stream.keep_alive(slots)
         with self.stream, self.timer:
             scores = self.scores.read(slots)
-            kept = keep_fewer(
+            kept = select_fewer(
                 method_of(req.compression),
                 scores,
                 self.tape.offsets[row],
@@ -221,8 +216,8 @@ class Compressor:
                 width,
                 **method.window_options(window_size, slots.device),
             )
-            kept = keep_again(method, scores, offsets, window_size, budget)
-            owner, index = kept_places(kept)
+            kept = select_again(method, scores, offsets, window_size, budget)
+            owner, index = tape_entries(kept)
             source = tail_rows(self.kv_pool.arena, tape, offsets, tail, width, owner, index)
             refill(self.kv_pool.arena, source, slots)
             if self.scores is not None:

@@ -16,12 +16,13 @@ import torch
 from lava_sglang.attention.layers import attention_layers
 from lava_sglang.attention.window import DecodeQueries, WindowCapture, WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
-from lava_sglang.managers.compressor import Compressor, method_of
+from lava_sglang.managers.compressor import Compressor
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
 from lava_sglang.mem_cache.score_table import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import CompressionStats
+from lava_sglang.policy import method_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch

@@ -1,45 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which entries of a prompt to keep. Tensors in, tensors out; knows nothing of a server."""
+"""Which entries of a prompt to keep. Tensors in, tensors out; knows nothing of a server.
 
-from lava_sglang.policy.adakv import AdaKV
-from lava_sglang.policy.base import (
-    Method,
-    PromptView,
-    choose,
-    keep,
-    keep_again,
-    keep_fewer,
-    kept_places,
-    rank,
-    tape_scores,
-)
-from lava_sglang.policy.lava import LAVa
-from lava_sglang.policy.lava_span import LAVaSpan
-from lava_sglang.policy.pyramidkv import PyramidKV
-from lava_sglang.policy.random import Random
-from lava_sglang.policy.snapkv import SnapKV
-from lava_sglang.policy.streamingllm import StreamingLLM
+README.md has the equations, and which function is which step.
+"""
 
-METHODS: dict[str, type[Method]] = {
-    "lava": LAVa,
-    "lava_span": LAVaSpan,
-    "snapkv": SnapKV,
-    "adakv": AdaKV,
-    "pyramidkv": PyramidKV,
-    "streamingllm": StreamingLLM,
-    "random": Random,
-}
-"""The one place where a method registers; `lava_sglang.methods` names the same."""
+from lava_sglang.policy.method import Method, load_methods, method_of
+from lava_sglang.policy.prompt import PromptView
+from lava_sglang.policy.score import PromptScores, score_prompt
+from lava_sglang.policy.select import keep, select_entries, tape_entries, tape_scores
+from lava_sglang.policy.split import Split, split_budget
+from lava_sglang.policy.tail import select_again
+from lava_sglang.policy.trim import Trim, select_fewer
 
 __all__ = [
-    "METHODS",
     "Method",
+    "PromptScores",
     "PromptView",
-    "choose",
+    "Split",
+    "Trim",
     "keep",
-    "keep_again",
-    "keep_fewer",
-    "kept_places",
-    "rank",
+    "load_methods",
+    "method_of",
+    "score_prompt",
+    "select_again",
+    "select_entries",
+    "select_fewer",
+    "split_budget",
+    "tape_entries",
     "tape_scores",
 ]

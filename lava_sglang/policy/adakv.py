@@ -14,5 +14,4 @@ class AdaKV(SnapKV):
     """A layer keeps its best entries whichever head they are in; every head at least a fifth of
     the mean. Source: arXiv 2407.11550."""
 
-    uniform_heads: ClassVar[bool] = False
     head_floor: ClassVar[float] = 0.2

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from lava_sglang.kernels.layer_split import layer_entropy
-from lava_sglang.policy.base import Method
+from lava_sglang.policy.method import Method
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,6 @@ class LAVa(Method):
     whichever head they are in. A layer's share of the budget is the entropy of its scores.
     Source: arXiv 2509.09754.
     """
-
-    needs_queries: ClassVar[bool] = True
-    uniform_heads: ClassVar[bool] = False
 
     def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
         width = self.config.pool_width

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lava_sglang.policy.base import Method
+from lava_sglang.policy.method import Method
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,6 @@ class LAVaSpan(Method):
     equally many. Entries compare as in LAVa, arXiv 2509.09754.
     """
 
-    needs_queries: ClassVar[bool] = True
-    uniform_heads: ClassVar[bool] = False
     head_floor: ClassVar[float] = 0.2
 
     recency: ClassVar[float] = 8.0

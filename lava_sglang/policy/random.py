@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lava_sglang.policy.base import Method, PromptView
+from lava_sglang.policy.method import Method
+from lava_sglang.policy.prompt import PromptView
 
 
 @dataclass(frozen=True)

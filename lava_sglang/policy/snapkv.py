@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from lava_sglang.policy.base import Method
+from lava_sglang.policy.method import Method
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,6 @@ class SnapKV(Method):
     code for LAVa and AdaKV. Grouped-query heads are averaged after pooling; AdaKV's code averages
     them before, which differs only where heads of a group peak at different tokens.
     """
-
-    needs_queries: ClassVar[bool] = True
 
     def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
         width = self.config.pool_width

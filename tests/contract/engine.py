@@ -37,7 +37,7 @@ from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
-from lava_sglang.policy import METHODS, PromptView, keep
+from lava_sglang.policy import PromptView, keep, method_of
 
 NUM_LAYERS = 2
 KV_HEADS = 2
@@ -294,7 +294,7 @@ class Engine:
     def kept_of(self, req: LavaReq) -> Selection:
         """What a request of this text keeps if it is compressed to its budget at once."""
         assert req.budget is not None
-        method = METHODS[req.compression.method](req.compression)
+        method = method_of(req.compression)
         return keep(method, self.prompts[req.rid], req.budget)
 
     def row(self, req: LavaReq, end: int | None = None) -> torch.Tensor:

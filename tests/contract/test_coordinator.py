@@ -10,10 +10,10 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers import compressor
-from lava_sglang.managers.compressor import method_of
 from lava_sglang.managers.forward_stream import ForwardStream
 from lava_sglang.managers.request import SkipReason
-from lava_sglang.policy import METHODS
+from lava_sglang.methods import METHODS
+from lava_sglang.policy import method_of
 from tests.contract.engine import CONFIG, Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from lava_sglang.managers.request import LavaReq, SkipReason
 from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
-from lava_sglang.policy import METHODS
+from lava_sglang.methods import METHODS
 from tests.contract.engine import CONFIG, Engine, build_engine, running_batch
 
 pytestmark = pytest.mark.usefixtures("runtime_context")

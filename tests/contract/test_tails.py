@@ -9,8 +9,8 @@ import torch
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.kernels.reference import importance_ref, window_attention_ref
 from lava_sglang.managers import coordinator as coordinator_module
-from lava_sglang.managers.compressor import method_of
 from lava_sglang.managers.request import LavaReq
+from lava_sglang.policy import method_of
 from tests.contract.engine import KV_HEADS, NUM_LAYERS, SCALING, Engine, build_engine, running_batch
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
@@ -78,7 +78,7 @@ def expected(engine: Engine, req: LavaReq, before: list[list[Head]]) -> list[lis
             scores.append(importance_ref(attention[:, scored], values[scored, None], **options)[0])
         # The tail's slots, and of what the piece held as many places as before.
         counts = [len(h.positions) - prefix_len - req.tail_len - WINDOW for h in heads]
-        if method.uniform_heads:
+        if not method.heads_compete:
             best = [
                 score.sort(descending=True, stable=True).indices[:count]
                 for score, count in zip(scores, counts, strict=True)

@@ -14,14 +14,15 @@ from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.reference import compact_ref
 from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
 from lava_sglang.kernels.trim import refill, trim
+from lava_sglang.methods import METHODS
 from lava_sglang.policy import (
-    METHODS,
-    choose,
     keep,
-    keep_again,
-    keep_fewer,
-    kept_places,
-    rank,
+    method_of,
+    score_prompt,
+    select_again,
+    select_entries,
+    select_fewer,
+    tape_entries,
     tape_scores,
 )
 from tests.gpu.prompt import WINDOW, made_up_prompt, on_cpu, unused_slots
@@ -46,38 +47,38 @@ def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype) -> None:
     """Sums are exact; near the threshold rounding may swap a few entries. Devices differ in what is
     random."""
     prompt = made_up_prompt(dtype=dtype)
-    method = METHODS[name](KVCompressionConfig(method=name))
+    method = method_of(KVCompressionConfig(method=name))
     got, want = keep(method, prompt, BUDGET), keep(method, on_cpu(prompt), BUDGET)
     layers, heads = prompt.num_layers, prompt.num_kv_heads
     assert int(got.counts.sum()) == layers * heads * BUDGET == int(got.offsets[-1])
     kept = [
-        {*zip(*(part.tolist() for part in kept_places(found)), strict=True)}
+        {*zip(*(part.tolist() for part in tape_entries(found)), strict=True)}
         for found in (got, want)
     ]
     assert len(kept[0]) == len(kept[1]) == layers * heads * BUDGET
     assert len(kept[0] - kept[1]) <= len(kept[1]) // 500, len(kept[0] - kept[1])
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if n != "streamingllm"])
+@pytest.mark.parametrize("name", [n for n, traits in METHODS.items() if traits.takes_ladder])
 def test_a_compression_and_a_trim_read_nothing_back(name: str) -> None:
     config = KVCompressionConfig(method=name, budget=[0.5, 0.25])
-    method = METHODS[name](config)
+    method = method_of(config)
     prompt = made_up_prompt()
     small = BUDGET // 2
     tape = unused_slots(prompt, BUDGET)
     exact = prompt.arena.clone()
     for run in range(2):  # the first compiles
         with no_host_read() if run else torch.no_grad():
-            ranking = rank(method, prompt)
-            kept = choose(method, ranking, prompt, BUDGET)
+            prompt_scores = score_prompt(method, prompt)
+            kept = select_entries(method, prompt_scores, prompt, BUDGET)
             compact(prompt.arena, prompt.slots, tape, kept.tape_tokens, kept.offsets)
-            scores = tape_scores(prompt, ranking, kept)
+            scores = tape_scores(prompt, prompt_scores, kept)
             suffix_len = len(prompt.slots) - prompt.shared_prefix_len
-            fewer = keep_fewer(
-                method, scores, kept.offsets, ranking.layer_weights, suffix_len, WINDOW, small
+            fewer = select_fewer(
+                method, scores, kept.offsets, prompt_scores.layer_weights, suffix_len, WINDOW, small
             )
             trim(prompt.arena, tape, fewer.places, small)
-        at_once = choose(method, ranking, prompt, small)
+        at_once = select_entries(method, prompt_scores, prompt, small)
         assert torch.equal(fewer.offsets, at_once.offsets)
         want = exact.clone()
         compact_ref(want, prompt.slots, tape[:small], at_once.tape_tokens, at_once.offsets)
@@ -86,7 +87,7 @@ def test_a_compression_and_a_trim_read_nothing_back(name: str) -> None:
 
 
 def test_a_long_answer_compressed_reads_nothing_back() -> None:
-    method = METHODS["lava"](KVCompressionConfig(method="lava"))
+    method = method_of(KVCompressionConfig(method="lava"))
     prompt = made_up_prompt(layers=2)
     assert prompt.queries is not None and prompt.scaling is not None
     slots = torch.arange(prompt.arena.shape[2], device="cuda")
@@ -101,8 +102,8 @@ def test_a_long_answer_compressed_reads_nothing_back() -> None:
                 prompt.queries, prompt.arena, prefix, tape, offsets, tail, prompt.scaling, 900,
                 **method.window_options(WINDOW, slots.device),
             )  # fmt: skip
-            kept = keep_again(method, scores, offsets, WINDOW, BUDGET)
-            owner, index = kept_places(kept)
+            kept = select_again(method, scores, offsets, WINDOW, BUDGET)
+            owner, index = tape_entries(kept)
             source = tail_rows(prompt.arena, tape, offsets, tail, 900, owner, index)
             refill(prompt.arena, source, again)
     assert int(kept.offsets[-1]) == 2 * 8 * BUDGET

@@ -12,6 +12,8 @@ import torch
 import trial
 from results import Results
 
+from lava_sglang.methods import METHODS
+
 SENTENCE = "The clerk of number {} wrote a letter, and nobody answered it. "
 ROW = {"_id": "r1", "context": "", "input": "Who wrote?", "answers": ["The clerk"]}
 
@@ -157,17 +159,21 @@ def test_budgets_all_within_the_window_are_refused(options: list[str]) -> None:
 def test_methods_of_a_file(options: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"
+        "from lava_sglang.methods import METHODS, MethodTraits\n"
         "from lava_sglang.policy import Method\n"
         "class Newest(Method):\n"
         "    def score(self, prompt):\n"
         "        order = torch.arange(prompt.scored_len, dtype=torch.float32)\n"
         "        return order.expand(prompt.num_layers, prompt.num_kv_heads, -1)\n"
-        "METHODS = {'newest': Newest}\n"
+        "METHODS['newest'] = MethodTraits('mine:Newest', 'the newest', needs_queries=False)\n"
     )
     mine = ["--methods-from", str(tmp_path / "mine.py"), "--methods", "newest", "streamingllm"]
     # Without sinks StreamingLLM is the newest entries.
     streaming = [*mine[:-1], "streamingllm:sink_tokens=0"]
-    divergence.main([*options, *streaming, "--contexts", "1", "--lengths", "160"])
+    try:
+        divergence.main([*options, *streaming, "--contexts", "1", "--lengths", "160"])
+    finally:
+        METHODS.pop("newest", None)
     kl = {(r["method"], r["budget"]): r["kl"] for r in records(tmp_path) if r["method"] != "full"}
     assert kl["newest", 24] == pytest.approx(kl["streamingllm:sink_tokens=0", 24], rel=1e-4)
 

@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.methods import METHOD_CHOICES
-from lava_sglang.policy import METHODS, PromptView, keep
+from lava_sglang.methods import METHOD_CHOICES, METHODS
+from lava_sglang.policy import PromptView, keep, method_of
 from lava_sglang.tools import cli
 from lava_sglang.tools.inspection import run as inspection
 from lava_sglang.tools.inspection.kept import KeptPrompt, kept_prompt, runs
@@ -69,13 +69,13 @@ def inspect(model_dir: Path, prompt_file: Path, tmp_path: Path) -> Inspect:
     return call
 
 
-def method_of(name: str, **rules: Any) -> Any:
-    return METHODS[name](KVCompressionConfig(method=name, window_size=WINDOW, **rules))
+def method_named(name: str, **rules: Any) -> Any:
+    return method_of(KVCompressionConfig(method=name, window_size=WINDOW, **rules))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_numbers_are_the_policys(prompt: PromptView, name: str) -> None:
-    method = method_of(name)
+    method = method_named(name)
     kept = kept_prompt(method, prompt, 30)
     selection = keep(method, prompt, 30)
     assert kept.counts == selection.counts.tolist()
@@ -89,7 +89,7 @@ def test_the_numbers_are_the_policys(prompt: PromptView, name: str) -> None:
 
 
 def test_the_weights_are_those_that_split_the_budget(prompt: PromptView) -> None:
-    kept = kept_prompt(method_of("lava", uniform_layers=True), prompt, 30)
+    kept = kept_prompt(method_named("lava", uniform_layers=True), prompt, 30)
     assert kept.weights == [1.0] * LAYERS
     assert [sum(heads) for heads in kept.counts] == [30 * KV_HEADS] * LAYERS
 

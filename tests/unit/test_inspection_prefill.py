@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.policy import METHODS, keep
+from lava_sglang.policy import keep, method_of
 from lava_sglang.tools.inspection.prefill import Prefill, load_model, prefill
 from tests import oracle, oracle_keep
 from tests.unit.tiny_llama import random_tokens, write_tiny_llama
@@ -52,7 +52,7 @@ def test_methods_keep_what_the_oracle_keeps(
 ) -> None:
     config = KVCompressionConfig(method=method, window_size=WINDOW)
     view = prefill(model, PROMPT, WINDOW, 40).view(WINDOW, prefix_len)
-    kept = keep(METHODS[method](config), view, 24)
+    kept = keep(method_of(config), view, 24)
     mask = oracle_keep.KEEP[method](expected, prefix_len, 24, WINDOW)[:, :, prefix_len:].flatten(
         0, 1
     )
@@ -82,7 +82,7 @@ def test_without_last_is_the_shorter_prompt(model: Any, short: Prefill) -> None:
     torch.testing.assert_close(view.queries, expected.queries)
     torch.testing.assert_close(view.arena[:, :, view.slots], expected.arena)
     config = KVCompressionConfig(method="lava", window_size=WINDOW)
-    kept = [keep(METHODS["lava"](config), prompt, 12) for prompt in (view, expected)]
+    kept = [keep(method_of(config), prompt, 12) for prompt in (view, expected)]
     assert torch.equal(kept[0].tape_tokens, kept[1].tape_tokens)
     with pytest.raises(ValueError, match="count=8: accepts 1 to 7"):
         short.without_last(8)

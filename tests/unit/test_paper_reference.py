@@ -40,7 +40,7 @@ from hypothesis import strategies as st
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.select import select
-from lava_sglang.policy import METHODS, Method, PromptView, keep
+from lava_sglang.policy import Method, PromptView, keep, method_of
 from tests.unit.random_prompts import Shape, heads_of, random_prompt, small_shapes
 
 ROUNDING = 1e-5  # relative: closer scores count as tied
@@ -135,7 +135,7 @@ def well_defined(score: torch.Tensor, count: int) -> bool:
 
 def method_for(shape: Shape, name: str, **rules: object) -> Method:
     values = {"method": name, "window_size": shape.window_size, "pool_width": shape.pool_width}
-    return METHODS[name](KVCompressionConfig.parse({**values, **rules}))
+    return method_of(KVCompressionConfig.parse({**values, **rules}))
 
 
 def scored_part(kept: list[list[int]], prompt: PromptView) -> list[list[int]]:

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lava_sglang import methods as table
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.methods import COMPETING_METHODS, UNIFORM_METHODS
-from lava_sglang.policy import METHODS, Method, PromptView, keep
+from lava_sglang.methods import COMPETING_METHODS, METHODS, UNIFORM_METHODS
+from lava_sglang.policy import Method, PromptView, keep, method_of
 from tests.unit.random_prompts import NUM_LAYERS, Shape, heads_of, random_prompt, small_shapes
 from tests.unit.slow_policy import (
     DEFINITIONS,
@@ -95,13 +94,13 @@ def method_name(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_scores_equal_their_definition(name: str, shape: Shape) -> None:
     prompt = random_prompt(shape)
-    scores = METHODS[name](settings_for(shape, name)).score(prompt)
+    scores = method_of(settings_for(shape, name)).score(prompt)
     expected = torch.tensor(DEFINITIONS[name](prompt, shape.pool_width), dtype=torch.float64)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lavas_layer_weights_are_the_entropies_of_its_scores(shape: Shape) -> None:
-    method = METHODS["lava"](settings_for(shape, "lava"))
+    method = method_of(settings_for(shape, "lava"))
     scores = method.score(random_prompt(shape))
     expected = [entropy(layer) for layer in scores.tolist()]
     assert method.layer_weights(scores).tolist() == pytest.approx(expected, rel=1e-5)
@@ -109,7 +108,7 @@ def test_lavas_layer_weights_are_the_entropies_of_its_scores(shape: Shape) -> No
 
 @pytest.mark.parametrize("num_layers", [2, 3, 30])
 def test_pyramidkvs_layer_weights_fall_to_a_twentieth_of_the_mean(num_layers: int) -> None:
-    method = METHODS["pyramidkv"](KVCompressionConfig(method="pyramidkv"))
+    method = method_of(KVCompressionConfig(method="pyramidkv"))
     weights = method.layer_weights(torch.rand(num_layers, 2, 10)).tolist()
     mean = sum(weights) / num_layers
     assert weights[-1] == pytest.approx(mean / 20, rel=1e-5)
@@ -119,7 +118,7 @@ def test_pyramidkvs_layer_weights_fall_to_a_twentieth_of_the_mean(num_layers: in
 
 @pytest.mark.parametrize("name", ["lava_span", "snapkv", "adakv", "streamingllm", "random"])
 def test_other_methods_weigh_layers_alike(name: str) -> None:
-    weights = METHODS[name](KVCompressionConfig(method=name)).layer_weights(torch.rand(4, 2, 10))
+    weights = method_of(KVCompressionConfig(method=name)).layer_weights(torch.rand(4, 2, 10))
     assert weights.tolist() == [1.0] * 4
 
 
@@ -143,7 +142,7 @@ def test_every_method_keeps_what_slow_loops_keep(
     }
     mean = shape.budget - shape.window_size
     for name in METHODS:
-        method = METHODS[name](settings_for(shape, name, seed, options))
+        method = method_of(settings_for(shape, name, seed, options))
         scores = method.score(prompt)
         if name in DEFINITIONS:
             expected_scores = by_definition[DEFINITIONS[name]]
@@ -162,7 +161,7 @@ def test_every_method_keeps_what_slow_loops_keep(
 def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None:
     """By the sum of what is kept: loops round in another order, so near ties may differ."""
     prompt = random_prompt(shape, seed=1)
-    method = METHODS[name](settings_for(shape, name))
+    method = method_of(settings_for(shape, name))
     kept = heads_of(keep(method, prompt, shape.budget), prompt)
     scores = DEFINITIONS[name](prompt, shape.pool_width)
     mean = shape.budget - shape.window_size
@@ -186,13 +185,15 @@ def test_every_head_keeps_a_fifth_of_the_mean(name: str) -> None:
     """Where one head outscores all others."""
     shape = Shape(108, 0, 8, 8, 4, 1, 1, 33)
 
-    class Loud(METHODS[name]):  # type: ignore[misc]
+    config = settings_for(shape, name)
+
+    class Loud(type(method_of(config))):  # type: ignore[misc]
         def score(self, prompt: PromptView) -> torch.Tensor:
             scores = torch.rand(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
             scores[:, 1] += 10
             return scores
 
-    kept = keep(Loud(settings_for(shape, name)), random_prompt(shape), shape.budget)
+    kept = keep(Loud(config), random_prompt(shape), shape.budget)
     assert (kept.counts - shape.window_size).tolist() == [[5, 85, 5, 5]] * NUM_LAYERS
 
 
@@ -200,13 +201,13 @@ def test_lava_gives_more_to_layers_whose_scores_are_spread() -> None:
     """Layers attend more sharply the higher they are."""
     shape = Shape(200, 0, 2, 2, 2, 1, 1, 50)
     prompt = random_prompt(shape)._replace(scaling=torch.tensor([0.0, 1.0, 5.0]))
-    kept = keep(METHODS["lava"](settings_for(shape, "lava")), prompt, shape.budget)
+    kept = keep(method_of(settings_for(shape, "lava")), prompt, shape.budget)
     flat, sharp, sharpest = kept.counts.sum(dim=1).tolist()
     assert flat > sharp > sharpest
 
 
 def test_streamingllm_keeps_sinks_then_the_most_recent(shape: Shape) -> None:
-    method = METHODS["streamingllm"](settings_for(shape, "streamingllm"))
+    method = method_of(settings_for(shape, "streamingllm"))
     prompt = random_prompt(shape)
     kept = heads_of(keep(method, prompt, shape.budget), prompt)
     scored = shape.prompt_len - shape.shared_prefix_len - shape.window_size
@@ -222,16 +223,16 @@ def test_streamingllm_keeps_sinks_then_the_most_recent(shape: Shape) -> None:
 def test_streamingllm_takes_as_many_sinks_as_it_is_told(sink_tokens: int) -> None:
     settings = KVCompressionConfig(method="streamingllm", window_size=2, sink_tokens=sink_tokens)
     prompt = random_prompt(SHAPES[0])._replace(window_size=2)
-    kept = heads_of(keep(METHODS["streamingllm"](settings), prompt, 12), prompt)
+    kept = heads_of(keep(method_of(settings), prompt, 12), prompt)
     sinks = min(sink_tokens, 10)
     assert kept[0][0] == [*range(sinks), *range(38 - (10 - sinks), 40)]
 
 
 def test_random_keeps_a_seeded_sample(shape: Shape) -> None:
     prompt = random_prompt(shape)
-    first = METHODS["random"](settings_for(shape, "random", seed=1)).score(prompt)
-    again = METHODS["random"](settings_for(shape, "random", seed=1)).score(prompt)
-    other = METHODS["random"](settings_for(shape, "random", seed=2)).score(prompt)
+    first = method_of(settings_for(shape, "random", seed=1)).score(prompt)
+    again = method_of(settings_for(shape, "random", seed=1)).score(prompt)
+    other = method_of(settings_for(shape, "random", seed=2)).score(prompt)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.min() >= 0 and first.max() < 1
 
@@ -239,7 +240,7 @@ def test_random_keeps_a_seeded_sample(shape: Shape) -> None:
 def test_random_is_spread_evenly() -> None:
     shape = Shape(10_008, 0, 8, 8, 1, 1, 7, 1008)
     prompt = random_prompt(shape, num_layers=1)
-    kept = keep(METHODS["random"](settings_for(shape, "random")), prompt, shape.budget)
+    kept = keep(method_of(settings_for(shape, "random")), prompt, shape.budget)
     quarters = torch.histc(kept.tape_tokens[:1000].float(), bins=4, min=0, max=10_000)
     assert quarters.min() > 200 and quarters.max() < 300
 
@@ -250,7 +251,7 @@ def test_every_method_keeps_exactly_the_budget_with_its_window(
 ) -> None:
     """Invariant 6: the kept entries of all layers and heads are L * H * b."""
     prompt = random_prompt(shape, num_layers=num_layers)
-    method = METHODS[method_name](settings_for(shape, method_name))
+    method = method_of(settings_for(shape, method_name))
     kept = keep(method, prompt, shape.budget)
     assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
     window = list(range(shape.prompt_len - shape.window_size, shape.prompt_len))
@@ -262,32 +263,32 @@ def test_every_method_keeps_exactly_the_budget_with_its_window(
 
 @pytest.mark.parametrize("name", UNIFORM_METHODS)
 def test_uniform_methods_keep_as_many_everywhere(name: str, shape: Shape) -> None:
-    kept = keep(METHODS[name](settings_for(shape, name)), random_prompt(shape), shape.budget)
+    kept = keep(method_of(settings_for(shape, name)), random_prompt(shape), shape.budget)
     assert kept.counts.tolist() == [[shape.budget] * shape.num_kv_heads] * NUM_LAYERS
 
 
 @pytest.mark.parametrize("name", ["adakv", "lava_span"])
 def test_some_methods_split_no_budget_between_layers(name: str, shape: Shape) -> None:
-    method = METHODS[name](settings_for(shape, name))
+    method = method_of(settings_for(shape, name))
     kept = keep(method, random_prompt(shape), shape.budget)
     assert kept.counts.sum(dim=1).tolist() == [shape.num_kv_heads * shape.budget] * NUM_LAYERS
 
 
 def test_pyramidkv_keeps_as_many_in_every_head_of_a_layer_and_fewer_above(shape: Shape) -> None:
-    method = METHODS["pyramidkv"](settings_for(shape, "pyramidkv"))
+    method = method_of(settings_for(shape, "pyramidkv"))
     counts = keep(method, random_prompt(shape), shape.budget).counts
     assert (counts == counts[:, :1]).all() and (counts.diff(dim=0) <= 0).all()
 
 
 def test_every_method_is_deterministic(method_name: str, shape: Shape) -> None:
-    method = METHODS[method_name](settings_for(shape, method_name))
+    method = method_of(settings_for(shape, method_name))
     first, again = (keep(method, random_prompt(shape), shape.budget) for _ in range(2))
     assert all(torch.equal(*parts) for parts in zip(first, again, strict=True))
 
 
 def test_every_method_scores_what_is_before_the_window(method_name: str, shape: Shape) -> None:
     prompt = random_prompt(shape)
-    scores = METHODS[method_name](settings_for(shape, method_name)).score(prompt)
+    scores = method_of(settings_for(shape, method_name)).score(prompt)
     scored = shape.prompt_len - shape.shared_prefix_len - shape.window_size
     assert scores.dtype == torch.float32 and prompt.scored_len == scored
     assert scores.shape == (NUM_LAYERS, shape.num_kv_heads, scored)
@@ -296,7 +297,7 @@ def test_every_method_scores_what_is_before_the_window(method_name: str, shape: 
 def test_a_smaller_budget_keeps_a_subset(method_name: str) -> None:
     shape = SHAPES[1]
     prompt = random_prompt(shape)
-    method = METHODS[method_name](settings_for(shape, method_name))
+    method = method_of(settings_for(shape, method_name))
     smaller, larger = (heads_of(keep(method, prompt, budget), prompt) for budget in (9, 20))
     for layer in range(NUM_LAYERS):
         for head in range(shape.num_kv_heads):
@@ -310,32 +311,35 @@ class Equal(Method):
         return torch.zeros(prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
 
 
-class EqualAcrossHeads(Equal):
-    uniform_heads = False
-
-
-class EqualWithFloor(EqualAcrossHeads):
+class EqualWithFloor(Equal):
     head_floor = 0.2
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(Equal, "snapkv"), (EqualAcrossHeads, "lava"), (EqualWithFloor, "adakv")]
+    ("method", "name"), [(Equal, "snapkv"), (Equal, "lava"), (EqualWithFloor, "adakv")]
 )
 def test_ties_go_to_the_lower_head_and_token(shape: Shape, method: type[Method], name: str) -> None:
     prompt = random_prompt(shape)
-    kept = heads_of(keep(method(settings_for(shape)), prompt, shape.budget), prompt)
+    kept = heads_of(keep(method(settings_for(shape, name)), prompt, shape.budget), prompt)
     ties = [[[0.0] * prompt.scored_len] * shape.num_kv_heads] * NUM_LAYERS
     expected = slow_keep(name, ties, [1.0] * NUM_LAYERS, shape.budget - shape.window_size)
     assert kept == with_window(expected, prompt)
 
 
-def test_the_methods_are_those_of_the_settings() -> None:
-    assert {"none", *METHODS} == set(table.METHOD_CHOICES)
-    assert len(table.METHOD_CHOICES) == len(METHODS) + 1
+def test_a_method_is_the_class_of_its_line_in_its_own_file(method_name: str) -> None:
+    method = method_of(KVCompressionConfig(method=method_name))
+    assert type(method).__module__ == f"lava_sglang.policy.{method_name}"
+
+
+def test_a_layer_weighs_otherwise_only_where_the_table_says_so(method_name: str) -> None:
+    weights = method_of(KVCompressionConfig(method=method_name)).layer_weights(
+        torch.rand(3, 2, 10) ** torch.tensor([1, 4, 16])[:, None, None]
+    )
+    assert (weights.unique().numel() > 1) is METHODS[method_name].layers_differ
 
 
 def test_only_methods_that_read_queries_ask_for_them(method_name: str, shape: Shape) -> None:
-    method = METHODS[method_name](settings_for(shape, method_name))
+    method = method_of(settings_for(shape, method_name))
     blind = random_prompt(shape)._replace(queries=None)
     if method.needs_queries:
         with pytest.raises(AssertionError):
@@ -345,6 +349,6 @@ def test_only_methods_that_read_queries_ask_for_them(method_name: str, shape: Sh
 
 
 def test_a_method_is_frozen(method_name: str) -> None:
-    method = METHODS[method_name](KVCompressionConfig(method=method_name))
+    method = method_of(KVCompressionConfig(method=method_name))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.config = KVCompressionConfig()  # type: ignore[misc]

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.policy import METHODS, Method, PromptView, keep
+from lava_sglang.methods import METHODS
+from lava_sglang.policy import Method, PromptView, keep, method_of
 
 NUM_LAYERS, KV_HEADS, GROUP, HEAD_DIM = 3, 4, 6, 8
 PROMPT_LEN, SHARED_PREFIX, WINDOW, BUDGET = 60, 9, 4, 12
 
 
-def method_of(name: str) -> Method:
-    return METHODS[name](KVCompressionConfig(method=name, window_size=WINDOW))
+def method_named(name: str) -> Method:
+    return method_of(KVCompressionConfig(method=name, window_size=WINDOW))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def kept_entries(method: Method, prompt: PromptView) -> torch.Tensor:
 def test_every_rank_fills_as_many_slots(prompt: PromptView, name: str, tp_size: int) -> None:
     """BUDGET of them, also on ranks that share a KV head: `kept_entries` counts."""
     for rank in range(tp_size):
-        kept = kept_entries(method_of(name), view_of(prompt, rank, tp_size))
+        kept = kept_entries(method_named(name), view_of(prompt, rank, tp_size))
         assert kept[:, :, -WINDOW:].all() and not kept[:, :, :SHARED_PREFIX].any()
 
 
@@ -68,15 +69,17 @@ def test_only_methods_that_compare_heads_choose_otherwise(
     prompt: PromptView, name: str, tp_size: int
 ) -> None:
     """The others choose in each head by itself, wherever it is."""
-    method = method_of(name)
+    method = method_named(name)
     on_ranks = [kept_entries(method, view_of(prompt, rank, tp_size)) for rank in range(tp_size)]
     alike = torch.equal(torch.cat(on_ranks, dim=1), kept_entries(method, prompt))
-    assert alike is method.uniform_heads
+    assert alike is not method.heads_compete
 
 
 def test_ranks_that_share_a_kv_head_choose_by_their_own_queries(prompt: PromptView) -> None:
     """They need not agree: each reads its own copy of the head."""
-    first, second = (kept_entries(method_of("snapkv"), view_of(prompt, rank, 8)) for rank in (0, 1))
+    first, second = (
+        kept_entries(method_named("snapkv"), view_of(prompt, rank, 8)) for rank in (0, 1)
+    )
     assert not torch.equal(first, second)
 
 
@@ -86,5 +89,5 @@ def test_a_rank_of_padded_heads_keeps_as_many(prompt: PromptView) -> None:
         arena=torch.zeros_like(prompt.arena), queries=torch.zeros_like(prompt.queries)
     )
     for name in METHODS:
-        kept = kept_entries(method_of(name), empty)
+        kept = kept_entries(method_named(name), empty)
         assert kept[:, :, -WINDOW:].all()

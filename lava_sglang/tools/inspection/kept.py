@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-from lava_sglang.policy import Method, PromptView, choose, rank
+from lava_sglang.policy import Method, PromptView, score_prompt, select_entries
 
 
 class KeptPrompt(NamedTuple):
@@ -28,8 +28,8 @@ class KeptPrompt(NamedTuple):
 
 def kept_prompt(method: Method, prompt: PromptView, budget: int) -> KeptPrompt:
     """The choice of `lava_sglang.policy.keep`, which is the server's. budget: b."""
-    ranking = rank(method, prompt)
-    kept = choose(method, ranking, prompt, budget)
+    scores = score_prompt(method, prompt)
+    kept = select_entries(method, scores, prompt, budget)
     positions, offsets = kept.tape_tokens.tolist(), kept.offsets.tolist()
     columns = [positions[start:end] for start, end in pairwise(offsets)]
     heads = prompt.num_kv_heads
@@ -39,7 +39,7 @@ def kept_prompt(method: Method, prompt: PromptView, budget: int) -> KeptPrompt:
         window_size=prompt.window_size,
         budget=budget,
         counts=kept.counts.tolist(),
-        weights=ranking.layer_weights.tolist(),
+        weights=scores.layer_weights.tolist(),
         tokens=[columns[first : first + heads] for first in range(0, len(columns), heads)],
     )
 

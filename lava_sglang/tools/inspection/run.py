@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.policy import METHODS
+from lava_sglang.policy import method_of
 from lava_sglang.tools.inspection.kept import KeptPrompt, kept_prompt
 from lava_sglang.tools.inspection.report import report
 from lava_sglang.tools.inspection.settings import InspectionError, InspectionSettings
@@ -43,7 +43,7 @@ def run(settings: InspectionSettings, console: Console) -> KeptPrompt:
         dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
         model = load_model(settings.model_path, dtype, settings.device)
         view = prefill(model, input_ids, compression.window_size).view(compression.window_size)
-        kept = kept_prompt(METHODS[compression.method](compression), view, budget)
+        kept = kept_prompt(method_of(compression), view, budget)
     console.print(
         report(kept, layer, lambda tokens: tokenizer.decode([input_ids[i] for i in tokens]))
     )
