@@ -234,7 +234,7 @@ SEAMS = (
         f"{_REQ}.init_next_round_input",
         "override",
         ("self", "tree_cache", "cow_mamba"),
-        "how far others use the matched prefix",
+        "how far others use the prompt, before it is matched",
     ),
     Seam(
         f"{_ADDER}.add_one_req",
@@ -284,7 +284,14 @@ SEAMS = (
         ".collect_path_info",
         "call",
         ("self", "end_node_ids"),
-        "the branches on a matched path",
+        "the branches on a text's path through the tree",
+    ),
+    Seam(
+        "srt.mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface"
+        ".match_full_device_prefix",
+        "call",
+        ("self", "key"),
+        "where a text leaves the tree; `match_prefix` would split the node there",
     ),
     Seam(
         f"{_ADDER}._request_slot_reserve_for_req",

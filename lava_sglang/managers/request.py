@@ -7,10 +7,11 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
-from lava_sglang.mem_cache.row import branch_len
+from lava_sglang.mem_cache.sharing import used_by_others
 
 
 class SkipReason(StrEnum):
@@ -100,11 +101,11 @@ class LavaReq(Req):
             return None
         return next((rung for rung in self.plan.rungs if rung < self.held_slots), None)
 
-    def plan_for(self, shared_prefix_len: int) -> CompressionPlan | SkipReason:
-        """The plan if `shared_prefix_len` tokens come from the radix tree, or why there is none."""
+    def plan_for(self, matched_len: int) -> CompressionPlan | SkipReason:
+        """The plan if `matched_len` tokens come from the radix tree, or why there is none."""
         config = self.compression
         prompt_len = len(self.full_untruncated_fill_ids)
-        shared_prefix_len = self._exact_part(shared_prefix_len)
+        shared_prefix_len = min(matched_len, self._shareable_len())
         suffix_len = prompt_len - shared_prefix_len
         if self.to_finish is not None:
             return SkipReason.ABORTED
@@ -136,7 +137,7 @@ class LavaReq(Req):
         """Fix the plan at the launch of the first chunk. A later chunk changes nothing."""
         if self.plan is not None or self.skip_reason is not None:
             return
-        plan = self.plan_for(self._shared_prefix_len())
+        plan = self.plan_for(self.prefix_len)
         if isinstance(plan, SkipReason):
             self.skip_reason = plan
         else:
@@ -146,7 +147,7 @@ class LavaReq(Req):
         """Its plan, or the one it would get if its prefill were launched now."""
         if self.skip_reason is not None:
             return None
-        plan = self.plan or self.plan_for(self._shared_prefix_len())
+        plan = self.plan or self.plan_for(self.prefix_len)
         return plan if isinstance(plan, CompressionPlan) else None
 
     def copy_slots(self) -> int:
@@ -158,7 +159,7 @@ class LavaReq(Req):
         """Forget the private copy; the request is prefilled, and compressed, again.
 
         What was its own suffix stays its own: the exact prompt it left in the tree is matched
-        again, and would otherwise be taken for a shared prefix and never compressed.
+        again, and scope "suffix" would otherwise take it for a shared prefix and never compress it.
         """
         super().reset_for_retract()
         if self.plan is not None:
@@ -190,25 +191,31 @@ class LavaReq(Req):
         return info
 
     def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
-        """SGLang's match of the prompt against the tree, and how far others use what it matched."""
+        """SGLang's match of the prompt against the tree.
+
+        Scope "auto" looks first how far others use the prompt: where the match may end depends
+        on it, and SGLang's match splits nodes.
+        """
+        config = self.compression
+        if tree_cache is not None and config.enabled and config.scope == "auto":
+            self.refresh_fill_ids()
+            text = RadixKey(
+                self.full_untruncated_fill_ids, self.extra_key, cache_salt=self.cache_salt
+            )
+            self._used_by_others = used_by_others(tree_cache, text)
         super().init_next_round_input(tree_cache, cow_mamba)
-        if tree_cache is not None and self.compression.scope == "auto" and self.plan is None:
-            self._branch_len = branch_len(tree_cache, self.last_node)
 
     _own_from: int | None = None
-    _branch_len: int = 0
+    _used_by_others = 0
 
-    def _exact_part(self, matched_len: int) -> int:
-        """Tokens of a matched prefix that stay exact and shared."""
+    def _shareable_len(self) -> int:
+        """Tokens from the prompt's start that stay exact and shared if they come from the tree."""
         scope = self.compression.scope
         if scope == "prompt":
             return 0
-        return min(matched_len, self._branch_len) if scope == "auto" else matched_len
-
-    def _shared_prefix_len(self) -> int:
-        if self._own_from is None:
-            return self.prefix_len
-        return min(self.prefix_len, self._own_from)
+        if scope == "auto":
+            return self._used_by_others
+        return len(self.full_untruncated_fill_ids) if self._own_from is None else self._own_from
 
     def _compute_max_prefix_len(self, input_len: int) -> int:
         """Leave the observation window to be prefilled where a matched prefix is compressed too.
@@ -216,9 +223,8 @@ class LavaReq(Req):
         Its queries do not exist for tokens that come from the tree.
         """
         longest: int = super()._compute_max_prefix_len(input_len)
-        if self._own_from is None and self.compression.scope == "suffix":
-            return longest
-        if not isinstance(self.plan_for(self._own_from or 0), CompressionPlan):
+        shareable_len = self._shareable_len()
+        if shareable_len >= longest or isinstance(self.plan_for(shareable_len), SkipReason):
             return longest
         return max(0, min(longest, input_len - self.compression.window_size))
 

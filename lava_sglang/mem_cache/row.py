@@ -96,23 +96,6 @@ def replace_slots(
     kv.kv_allocated_len = end
 
 
-def branch_len(tree_cache: Any, node: Any) -> int:
-    """Tokens of a matched prefix that another text uses too: one that goes on differently from it.
-
-    node: where the match ended. A prefix that only this text's earlier turns have used ends where
-    the tree does. 0 without a tree. Reads the tree on the host.
-    """
-    if tree_cache.disable or node is None:
-        return 0
-    (path,) = tree_cache.tree_core.collect_path_info([node])
-    branches = [
-        step.path_end
-        for i, step in enumerate(path)
-        if step.num_children > (1 if i + 1 < len(path) else 0)
-    ]
-    return max(branches, default=0)
-
-
 def _lock_only(req: Req, tree_cache: BasePrefixCache, length: int) -> None:
     """Move the request's tree lock from its whole prompt to the first `length` tokens."""
     whole = req.lock
