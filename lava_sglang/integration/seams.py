@@ -210,7 +210,6 @@ SEAMS = (
     Seam(f"{_SCHEDULER}.get_internal_state", "override", ("self", "recv_req"), "/server_info"),
     Seam(f"{_SCHEDULER}.on_idle", "override", ("self",), "gauges go back to zero"),
     Seam("srt.runtime_context.get_parallel", "call", (), "this process's ranks and replica"),
-    Seam(f"{_SCHEDULER}._apply_war_barrier", "call", ("self",), "fences writes to rows"),
     Seam(
         f"{_REQ}._compute_max_prefix_len",
         "override",
@@ -323,6 +322,12 @@ SEAMS = (
     Seam(f"{_TREE}.match_prefix", "call", ("self", "params"), "finds the shared prefix's node"),
     Seam(f"{_TREE}.lock", "call", ("self", "node"), "locks the shared prefix only"),
     Seam(f"{_TREE}.unlock", "call", ("self", "lock"), "unlocks the exact suffix"),
+    Seam(
+        "srt.mem_cache.memory_pool.ReqToTokenPool.register_on_alloc_rows",
+        "call",
+        ("self", "hook"),
+        "the one place where a row gets an owner, of a prefill or without one: its tape is reset",
+    ),
     Seam(
         "srt.mem_cache.memory_pool.ReqToTokenPool.write",
         "call",

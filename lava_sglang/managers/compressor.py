@@ -66,6 +66,12 @@ class Compressor:
         self.stream = ForwardStream(scheduler)
         self.tree_cache = scheduler.tree_cache
 
+    def reset_rows(self, rows: list[int]) -> None:
+        """SGLang hands `rows` to new owners: of a prefill, or the members of a beam, which have
+        none. Behind the forward passes that still read them for the owners before."""
+        with self.stream:
+            self.tape.reset(rows)
+
     def warm_up(self, config: KVCompressionConfig) -> None:
         """Compile and load what a compression by the server's method launches, and a trim.
 

@@ -87,6 +87,7 @@ class KVCompressionCoordinator:
     def attach_scheduler(self, scheduler: Any) -> None:
         assert self.compressor is not None
         self.compressor.attach_scheduler(scheduler)
+        scheduler.tree_cache.req_to_token_pool.register_on_alloc_rows(self.compressor.reset_rows)
         self.demand = Demand(scheduler)
 
     def warm_up(self) -> None:
@@ -104,13 +105,8 @@ class KVCompressionCoordinator:
         return self.config.has_ladder or self.config.trigger == "pressure"
 
     def begin_extend(self, batch: ScheduleBatch) -> None:
-        """Before the launch: fix the plans, reset the rows, say which queries to stash."""
+        """Before the launch: fix the plans, say which queries to stash."""
         assert self.compressor is not None
-        tape = self.compressor.tape
-        with self.compressor.stream:
-            tape.reset(batch.req_pool_indices)
-        if tape.host is not None:
-            tape.host.reset(batch.req_pool_indices_cpu.tolist())
         batch_start = 0
         for req in batch.reqs:
             req.begin_prefill()

@@ -42,7 +42,7 @@ class HostTape:
         self._pieces: dict[int, HostPieces] = {}
 
     def reset(self, rows: Iterable[int]) -> None:
-        """rows: those that start a prefill."""
+        """rows: those that were handed to new owners."""
         for row in rows:
             self._pieces.pop(row, None)
 

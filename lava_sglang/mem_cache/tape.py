@@ -46,11 +46,17 @@ class TapeTable:
         tables = (self.prefix_lens, self.budgets, self.offsets, self.position_deltas)
         return sum(table.nbytes for table in tables)
 
-    def reset(self, rows: torch.Tensor) -> None:
-        """rows: int [n], rows that start a prefill. Mutates the tables."""
-        self.budgets[rows] = 0
-        self.prefix_lens[rows] = 0
-        self.position_deltas[rows] = 0
+    def reset(self, rows: list[int]) -> None:
+        """rows: those that were handed to new owners, who read them exactly. Mutates the tables.
+
+        Their numbers go to the device from pinned memory: nothing waits for them.
+        """
+        index = torch.tensor(rows, dtype=torch.int64, pin_memory=self.budgets.is_cuda)
+        index = index.to(self.budgets.device, non_blocking=True)
+        for table in (self.budgets, self.prefix_lens, self.position_deltas):
+            table.index_fill_(0, index, 0)
+        if self.host is not None:
+            self.host.reset(rows)
 
     def commit(
         self, row: int, prefix_len: int, budget: int, removed: int, offsets: torch.Tensor

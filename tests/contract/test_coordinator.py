@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the launch of a prefill to the compressed request: order, lengths, outcomes, streams."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers import compressor
 from lava_sglang.managers.forward_stream import ForwardStream
 from lava_sglang.managers.request import SkipReason
+from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.methods import METHODS
 from lava_sglang.policy import method_of
 from tests.contract.engine import CONFIG, Engine, build_engine
@@ -112,6 +114,58 @@ def test_a_row_that_is_used_again_starts_without_a_delta(engine: Engine) -> None
     engine.check()
 
 
+def test_rows_without_a_prefill_start_without_a_tape() -> None:
+    """A beam's members get rows that compressed requests had, and SGLang prefills none of them."""
+    engine = build_engine()
+    engine.tape.host = HostTape()
+    first = [engine.request(range(1000 * i + 1, 1000 * i + 113)) for i in range(4)]
+    for req in first:
+        assert engine.admit(req)
+    engine.extend(*[(req, None) for req in first])
+    rows = [req.kv.req_pool_idx for req in first]
+    assert engine.tape.budgets[rows].all() and engine.tape.position_deltas[rows].all()
+    for req in first[:3]:
+        engine.finish(req)
+    members = engine.rows.alloc_rows(3)
+    assert members is not None and set(members) == set(rows[:3])
+    for table in (engine.tape.budgets, engine.tape.prefix_lens, engine.tape.position_deltas):
+        assert table[members].tolist() == [0, 0, 0]
+    assert engine.tape.host.pieces(members) == [None] * 3
+    for row in members:
+        engine.tape.check_integrity(row)
+    engine.rows.free_rows(members)
+    engine.check()
+
+
+def test_rows_are_reset_on_the_stream_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is in flight may read them for their owners before."""
+    engine = build_engine()
+    scheduler = Recorder(True, "cuda")
+    assert engine.coordinator.compressor is not None
+    engine.coordinator.compressor.stream = ForwardStream(scheduler)
+    monkeypatch.setattr(engine.tape, "reset", lambda rows: scheduler.calls.append(f"reset {rows}"))
+    rows = engine.rows.alloc_rows(2)
+    assert scheduler.calls == ["enter", "forward waits for schedule", f"reset {rows}", "exit"]
+
+
+def test_a_chunk_and_a_retraction_keep_or_reset_the_row(engine: Engine) -> None:
+    """A row has one owner from its first chunk on; who comes back after a retraction is new."""
+    seen: list[list[int]] = []
+    reset = engine.tape.reset
+    engine.tape.reset = lambda rows: (seen.append(rows), reset(rows))[1]  # type: ignore[method-assign]
+    req = engine.request(range(1, 113))
+    assert engine.admit(req)
+    engine.extend((req, 64))
+    engine.extend((req, None))
+    row = req.kv.req_pool_idx
+    assert req.compressed and seen == [[row]]
+    engine.retract(req)
+    assert engine.admit(req)
+    engine.extend((req, 64))
+    assert seen == [[row], [req.kv.req_pool_idx]]
+    engine.check()
+
+
 def test_a_method_without_queries_stashes_none(engine: Engine) -> None:
     req = engine.request(range(1, 113))
     assert engine.admit(req)
@@ -204,26 +258,33 @@ class Recorder:
     def __init__(self, overlap: bool, device: str) -> None:
         self.enable_overlap, self.device = overlap, device
         self.calls: list[str] = []
-        self.schedule_stream = "schedule"
-        self.forward_stream = SimpleNamespace(
-            wait_stream=lambda stream: self.calls.append(f"wait for {stream}")
-        )
+        self.schedule_stream = Stream("schedule", self.calls)
+        self.forward_stream = Stream("forward", self.calls)
+        self.current = self.schedule_stream
+        self.device_module = SimpleNamespace(stream=partial(StreamContext, self))
 
-    @property
-    def forward_stream_ctx(self) -> Any:
-        recorder = self
 
-        class Context:
-            def __enter__(self) -> None:
-                recorder.calls.append("enter")
+class Stream:
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
 
-            def __exit__(self, *exc: Any) -> None:
-                recorder.calls.append("exit")
+    def wait_stream(self, other: "Stream") -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
 
-        return Context()
 
-    def _apply_war_barrier(self) -> None:
-        self.calls.append("barrier")
+class StreamContext:
+    """As torch's: what it goes back to is what was current when it was entered last."""
+
+    def __init__(self, recorder: Recorder, stream: Stream) -> None:
+        self.recorder, self.stream = recorder, stream
+
+    def __enter__(self) -> None:
+        self.before, self.recorder.current = self.recorder.current, self.stream
+        self.recorder.calls.append("enter")
+
+    def __exit__(self, *exc: Any) -> None:
+        self.recorder.current = self.before
+        self.recorder.calls.append("exit")
 
 
 class Tensor:
@@ -242,7 +303,13 @@ def test_with_overlap_work_goes_behind_the_forward_pass() -> None:
         scheduler.calls.append("work")
     stream.keep_alive(tensor)
     stream.fence_row_writes()
-    assert scheduler.calls == ["enter", "wait for schedule", "work", "exit", "barrier"]
+    assert scheduler.calls == [
+        "enter",
+        "forward waits for schedule",
+        "work",
+        "exit",
+        "schedule waits for forward",
+    ]
     assert tensor.streams == [scheduler.forward_stream]
 
 
@@ -254,6 +321,17 @@ def test_with_one_queue_nothing_is_ordered(overlap: bool, device: str) -> None:
         stream.keep_alive(torch.zeros(1))
         stream.fence_row_writes()
     assert scheduler.calls == []
+
+
+def test_it_may_be_entered_on_the_stream_of_the_forward_pass() -> None:
+    """SGLang takes a beam's rows there; its own context would forget the way back."""
+    scheduler = Recorder(True, "cuda")
+    stream = ForwardStream(scheduler)
+    with stream:
+        with stream:
+            assert scheduler.current is scheduler.forward_stream
+        assert scheduler.current is scheduler.forward_stream
+    assert scheduler.current is scheduler.schedule_stream
 
 
 def test_an_error_under_the_stream_is_not_swallowed() -> None:

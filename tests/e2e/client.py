@@ -69,6 +69,12 @@ def stream_events(
                 yield json.loads(line.removeprefix("data: "))
 
 
+def beam_of(url: str, prompt: list[int], width: int = 3, tokens: int = 40) -> list[list[int]]:
+    """The `width` best answers of a beam search, the best first."""
+    response = generate(url, prompt, tokens, sampling={"beam_width": width, "n": width})
+    return [beam["output_ids"] for beam in response["meta_info"]["beam_results"]]
+
+
 def info(response: Response) -> dict[str, Any]:
     found: dict[str, Any] = response["meta_info"]["kv_compression"]
     return found

@@ -9,13 +9,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from lava_sglang.tools.demo.model import write_demo_model
 from lava_sglang.tools.server_process import Server
-from tests.e2e.client import generate_all
+from tests.e2e.client import beam_of, generate_all
 from tests.e2e.prompts import cut, prose_tokens
 from tests.oracle import Oracle, Prefill
 
@@ -25,6 +25,7 @@ MAX_NEW_TOKENS = 16
 # Real prompts from 50 to 3,000 tokens, 20 of them above 100; the last ones take several chunks.
 LENGTHS = [50, 80, 110, 130, 150, 170, 190, 210, 230, 260, 290, 320, 360, 400, 450, 520, 600, 700]
 LENGTHS += [850, 1100, 1700, 3000]
+BEAM_PROMPT = 2  # which of them beam search is asked, 110 tokens
 
 # SGLang's own checks, after every step: slots that leak or belong to two owners end the server.
 STRICT = {
@@ -92,11 +93,22 @@ def prefills(oracle: Oracle, prompts: list[list[int]]) -> list[Prefill]:
     return [oracle.prefill(prompt, WINDOW) for prompt in prompts]
 
 
+class StockAnswers(NamedTuple):
+    tokens: list[list[int]]  # to each of `prompts`
+    beam: list[list[int]]  # to BEAM_PROMPT
+
+
 @pytest.fixture(scope="session")
-def stock_tokens(start_server: StartServer, prompts: list[list[int]]) -> list[list[int]]:
+def stock_answers(start_server: StartServer, prompts: list[list[int]]) -> StockAnswers:
     """What SGLang without the plugin answers to `prompts`: only its CPU platform is loaded."""
     options = ("--max-total-tokens", "24576", "--chunked-prefill-size", "1024")
     with start_server(*options, env={"SGLANG_PLUGINS": "lava_cpu"}) as server:
+        beam = beam_of(server.url, prompts[BEAM_PROMPT])
         responses = generate_all(server.url, prompts, MAX_NEW_TOKENS)
     assert all("kv_compression" not in response["meta_info"] for response in responses)
-    return [response["output_ids"] for response in responses]
+    return StockAnswers([response["output_ids"] for response in responses], beam)
+
+
+@pytest.fixture(scope="session")
+def stock_tokens(stock_answers: StockAnswers) -> list[list[int]]:
+    return stock_answers.tokens

@@ -13,8 +13,16 @@ import httpx
 import pytest
 
 from lava_sglang.tools.server_process import Server
-from tests.e2e.client import assert_no_leak, generate, generate_all, info, metric, stats
-from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
+from tests.e2e.client import (
+    assert_no_leak,
+    beam_of,
+    generate,
+    generate_all,
+    info,
+    metric,
+    stats,
+)
+from tests.e2e.conftest import BEAM_PROMPT, MAX_NEW_TOKENS, WINDOW, StartServer, StockAnswers
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, Prefill, assert_same_tokens
 from tests.oracle_keep import KEEP
@@ -139,6 +147,18 @@ def test_neighbours_are_not_changed(server: Server, prompts: list[list[int]]) ->
     among = generate_all(server.url, prompts[8:11], MAX_NEW_TOKENS, settings)
     assert info(alone)["status"] == info(among[0])["status"] == "compressed"
     assert among[0]["output_ids"] == alone["output_ids"]
+
+
+def test_a_beam_in_rows_that_compressed_requests_had_is_stock(
+    server: Server, prompts: list[list[int]], stock_answers: StockAnswers
+) -> None:
+    """SGLang takes the rows of a beam's members without a prefill."""
+    server.flush_cache()
+    responses = generate_all(server.url, prompts[8:12], MAX_NEW_TOKENS, [{"budget": 40}] * 4)
+    assert [info(response)["status"] for response in responses] == ["compressed"] * 4
+    beam = beam_of(server.url, prompts[BEAM_PROMPT])
+    assert len(beam) == 3 and all(len(answer) == 40 for answer in beam)
+    assert beam == stock_answers.beam
 
 
 def test_generated_tokens_are_not_published(server: Server, tokens: list[int]) -> None:
