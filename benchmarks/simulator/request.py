@@ -79,6 +79,23 @@ class SimulatedReq(LavaReq):
         """Slots that a decode step reads of it."""
         return self.lock.depth + self.held + self.tail_len
 
+    def released_slots(self, tree_cache: Any) -> int:
+        plan = self.plan or self.expected_plan()
+        if plan is None:
+            return 0
+        node, locks = (self.last_node, 0) if self.lock is None else (self.lock, 1)
+        matched = self.prefix_len if self.lock is None else node.depth
+        unlocked = sum(
+            each.length
+            for each in node.path()
+            if each.depth > plan.shared_prefix_len and each.locks == locks
+        )
+        return plan.prompt_len - matched + unlocked
+
+    def match_nothing(self, tree_cache: Any) -> None:
+        self.last_node = tree_cache.root
+        self.prefix_len = self.kv.cache_protected_len = 0
+
     def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
         """Match the prompt before its first chunk; before a later one, what was computed counts."""
         total = len(self.origin_input_ids) + len(self.outputs)

@@ -258,8 +258,9 @@ class Simulation:
         wakes = not (batch.batch_is_full or self.waiting_queue)
         begin, steps = self.now, 0
         while self.clock.steps < last:
+            freed = False
             if self.may_rewrite:
-                self.coordinator.before_decode(batch)
+                freed = self.coordinator.before_decode(batch)
                 self.now += self._compression_seconds()
             if not self.pool.take(count):
                 break
@@ -268,6 +269,9 @@ class Simulation:
             self.now += self.costs.decode(count, self.slots_read)
             self.slots_read += count
             self.new_token_ratio_tracker.decay_step()
+            if freed:
+                batch.batch_is_full = False
+                break
             if wakes and self.now >= next_arrival:
                 break
         self.outcome.count_decode(steps, count, self.now - begin, self._used())

@@ -273,6 +273,30 @@ SEAMS = (
         "the last chunk needs its copy now, not later",
     ),
     Seam(
+        f"{_BUDGET}.available_chunk_tokens",
+        "override",
+        ("self", "chunk_limit"),
+        "a chunk that finds no slots waits; SGLang takes them unchecked",
+    ),
+    Seam(
+        f"{_BUDGET}.has_capacity",
+        "override",
+        ("self",),
+        "slots that this pass is certain to release let it go on",
+    ),
+    Seam(
+        f"{_ADDER}._lock_node",
+        "call",
+        ("self", "last_node", "lock_host"),
+        "room is not made of what the candidate has matched",
+    ),
+    Seam(
+        "srt.mem_cache.common.match_kv_cache",
+        "call",
+        ("req", "tree_cache", "token_ids", "cow_mamba", "max_prefix_len"),
+        "lets a candidate's match go where it is in the way",
+    ),
+    Seam(
         f"{_BUDGET}.__init__",
         "call",
         ("self", "allocator", "tree_cache", "num_mixed_decode_tokens"),
@@ -322,6 +346,7 @@ SEAMS = (
     Seam(f"{_TREE}.match_prefix", "call", ("self", "params"), "finds the shared prefix's node"),
     Seam(f"{_TREE}.lock", "call", ("self", "node"), "locks the shared prefix only"),
     Seam(f"{_TREE}.unlock", "call", ("self", "lock"), "unlocks the exact suffix"),
+    Seam(f"{_TREE}.protected_size", "call", ("self",), "what a lock alone keeps"),
     Seam(
         "srt.mem_cache.memory_pool.ReqToTokenPool.register_on_alloc_rows",
         "call",

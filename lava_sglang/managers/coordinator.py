@@ -152,7 +152,7 @@ class KVCompressionCoordinator:
         Mutates the requests, the pool and the batch's lengths. Returns whether it is enough.
         """
         changed: set[int] = set()
-        stuck: set[int] = set()
+        stuck: set[int] = set()  # until another one makes room for their first copies
         while not (done := enough()):
             i = max(
                 (
@@ -165,22 +165,30 @@ class KVCompressionCoordinator:
             )
             if i is None:
                 break
-            (changed if self._shrink(batch.reqs[i]) else stuck).add(i)
+            if self._shrink(batch.reqs[i]):
+                changed.add(i)
+                stuck.clear()
+            else:
+                stuck.add(i)
         if changed:
             _set_lengths(batch, changed)
         return done
 
-    def before_decode(self, batch: ScheduleBatch) -> None:
-        """Shrink requests before SGLang retracts any. Mutates as `make_room`."""
+    def before_decode(self, batch: ScheduleBatch) -> bool:
+        """Shrink requests before SGLang retracts any. Mutates as `make_room`.
+
+        Returns whether admission is worth asking again: slots were freed.
+        """
+        free = self.demand.free_slots()
         self._compress_tails(batch)
-        if not self.may_shrink:
-            return
+        if self.may_shrink:
 
-        def enough() -> bool:
-            needed = batch.new_tokens_required_next_decode() + self.copy_reserve(batch)
-            return self.demand.free_slots() >= needed
+            def enough() -> bool:
+                needed = batch.new_tokens_required_next_decode() + self.copy_reserve(batch)
+                return self.demand.free_slots() >= needed
 
-        self.make_room(batch, enough)
+            self.make_room(batch, enough)
+        return self.demand.free_slots() > free
 
     def _compress_tails(self, batch: ScheduleBatch) -> None:
         interval = self.config.decode_interval
@@ -203,28 +211,57 @@ class KVCompressionCoordinator:
         """Slots to keep free for one first copy: an exact request cannot shrink in a full pool."""
         if not self.may_shrink:
             return 0
-        return max((req.next_budget or 0 for req in batch.reqs if _is_deferred(req)), default=0)
+        return max(
+            (
+                req.first_copy_len(req.next_budget)
+                for req in batch.reqs
+                if _is_deferred(req) and req.next_budget is not None
+            ),
+            default=0,
+        )
 
     def shrinkable_slots(self, batch: ScheduleBatch) -> int:
-        """Slots that the batch's decoding requests hold above their lowest rungs."""
-        return sum(req.held_slots - req.plan.rungs[-1] for req in batch.reqs if _can_shrink(req))
+        """Slots that `make_room` frees at least if it goes on until nothing can shrink any more."""
+        gained = 0
+        copies = []
+        for req in batch.reqs:
+            if not _can_shrink(req):
+                continue
+            lowest = req.plan.rungs[-1]
+            if req.compressed:
+                gained += req.held_slots - lowest
+            else:
+                takes = req.first_copy_len(lowest)
+                copies.append((takes, req.released_slots(self.demand.tree_cache) - takes))
+        free = self.demand.free_slots()
+        for takes, gains in sorted(copies):
+            if gains > 0 and takes <= free + gained:
+                gained += gains
+        return gained
 
     def _shrink(self, req: LavaReq) -> bool:
-        """One rung down. False if there was no room for a first copy."""
+        """One rung down. False where a first copy finds no room, or would free no slot."""
         assert self.compressor is not None
-        budget, before = req.next_budget, req.held_slots
-        assert budget is not None
+        before = req.held_slots
         if req.compressed:
+            budget = req.next_budget
+            assert budget is not None
             self.compressor.trim(req, budget)
-        elif not self.compressor.compress(req, budget):
+            self.stats.count_trim(before - budget)
+            return True
+        budget = self._first_budget(req)
+        if budget is None or not self.compressor.compress(req, budget):
             req.skip_reason = SkipReason.NO_PRESSURE
             return False
-        else:
-            req.skip_reason = None
-            self.stats.count(req)
-            return True
-        self.stats.count_trim(before - budget)
+        req.skip_reason = None
+        self.stats.count(req)
         return True
+
+    def _first_budget(self, req: LavaReq) -> int | None:
+        """The highest rung that a first copy has room for and frees slots by."""
+        assert req.plan is not None
+        limit = min(self.demand.free_slots(), req.released_slots(self.demand.tree_cache) - 1)
+        return next((rung for rung in req.plan.rungs if req.first_copy_len(rung) <= limit), None)
 
     def _stays_exact(self, batch: ScheduleBatch, req: LavaReq, plan: CompressionPlan) -> bool:
         """Whether it need not be compressed yet, and its queries may be held until then."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from sglang.srt.managers.schedule_policy import (
@@ -24,15 +25,17 @@ class LavaPrefillBudget(PrefillBudget):
     answer grows: it needs prompt and copy now, copy and answer later. The attributes are set for
     each candidate. Slots:
 
-    released: of the candidate's prompt, that its compression gives back.
+    released: that its compression gives back, of its prompt and of what only it locks.
     ahead: that compressions at the end of this pass are certain to give back. They count for
     prompts whose last chunk comes later.
     first_chunk: of the candidate's prompt, prefilled in this pass.
+    growth: of answers, until its last chunk: `--prefill-decode-interval` decodes between chunks.
     """
 
     released = 0
     ahead = 0
     first_chunk = 0
+    growth = 0
 
     def check_prefill(
         self,
@@ -45,15 +48,25 @@ class LavaPrefillBudget(PrefillBudget):
         chunk_limit: int | None,
         auxiliary_swa_host_hit_length: int = 0,
     ) -> tuple[bool, int | None]:
-        prompt_and_copy = total_tokens - max_new_tokens if self.released else total_tokens
-        copy_and_answer = total_tokens - self.released
-        ahead = self.ahead if self.first_chunk < extend_input_len else 0
-        fits = (
-            self.first_chunk + self.page_size <= self.remaining_current
-            and prompt_and_copy <= self.remaining_current + ahead
-            and copy_and_answer < self.remaining_total + ahead
-        )
+        fits = self.lacking(extend_input_len, total_tokens, max_new_tokens) <= 0
         return (True, chunk_limit) if fits else (False, None)
+
+    def lacking(self, extend_input_len: int, total_tokens: int, max_new_tokens: int) -> int:
+        """Slots that the candidate lacks at the worst of its moments; 0 or less if it fits.
+
+        total_tokens: of its prompt, copy and answer, but for what the tree holds and it locks.
+        """
+        now = total_tokens - max_new_tokens if self.released else total_tokens
+        later = total_tokens - self.released
+        ahead = self.ahead if self.first_chunk < extend_input_len else 0
+        return max(
+            self.first_chunk + self.page_size - self.remaining_current,
+            now + self.growth - self.remaining_current - ahead,
+            math.floor(later - self.remaining_total - ahead) + 1,
+        )
+
+    def has_capacity(self) -> bool:
+        return self.remaining_total + self.ahead > 0 and self.remaining_current > 0
 
     def can_allocate_prefill(
         self,
@@ -63,8 +76,18 @@ class LavaPrefillBudget(PrefillBudget):
         max_new_tokens: int,
         chunk_limit: int | None,
     ) -> bool:
-        later = paged_input - self.released
-        return paged_input <= self.remaining_current and later <= self.remaining_total
+        now, later = paged_input + self.growth, paged_input - self.released
+        return now <= self.remaining_current and later <= self.remaining_total
+
+    def available_chunk_tokens(self, chunk_limit: int) -> int | None:
+        """Of a half-prefilled request. None: it waits, SGLang would fail where there are no slots.
+
+        SGLang leaves future answers their slots and takes a part of the chunk. Those of a prompt
+        that is compressed are back by then.
+        """
+        limit = chunk_limit if self.released else super().available_chunk_tokens(chunk_limit)
+        chunk = self.first_chunk if limit is None else min(limit, self.first_chunk)
+        return limit if chunk + self.page_size <= self.remaining_current else None
 
 
 class LavaPrefillAdder(PrefillAdder):
@@ -72,11 +95,22 @@ class LavaPrefillAdder(PrefillAdder):
 
     A request that does not fit makes running requests shrink, if they may and if that is enough;
     one that does not fit an empty pool is refused.
+
+    decode_steps: that SGLang takes between two chunks, `--prefill-decode-interval`.
     """
 
-    def __init__(self, *args: Any, coordinator: KVCompressionCoordinator, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        coordinator: KVCompressionCoordinator,
+        decode_steps: int = 0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.coordinator = coordinator
+        self.decode_steps = decode_steps
+        self.chunk_size = self.rem_chunk_tokens
+        self.compressed_in_this_pass: list[LavaReq] = []
         stock = self.memory_budget
         self.memory_budget: LavaPrefillBudget = LavaPrefillBudget(stock.allocator, stock.tree_cache)
         reserve = 0 if self.running_batch is None else coordinator.copy_reserve(self.running_batch)
@@ -90,9 +124,11 @@ class LavaPrefillAdder(PrefillAdder):
             # SGLang keeps one half-prefilled request and fails on a second. It counts on there
             # being no slot left for the second's first chunk, but running requests may shrink.
             return AddReqResult.OTHER
+        self._reserve_later_chunks()
 
         def add() -> AddReqResult:
-            self._set_candidate(req)
+            self._set_candidate(req, self.rem_chunk_tokens)
+            self.req_states = None  # of a list without a tree, to which SGLang adds each candidate
             return super(LavaPrefillAdder, self).add_one_req(
                 req, has_chunked_req, truncation_align_size
             )
@@ -101,7 +137,13 @@ class LavaPrefillAdder(PrefillAdder):
         if verdict is not AddReqResult.NO_TOKEN or self._took(req):
             return verdict
         if self._make_room(req):
+            return add()
+        if self._make_room_of_its_prefix(req):
+            req.init_next_round_input(self.tree_cache)  # what the first copies left of it
             verdict = add()
+            if not self._took(req):
+                self._match_nothing(req)
+                verdict = add()
         elif self._pool_is_empty():
             req.set_finish_with_abort(self._why_it_never_fits(req))
             req.init_next_round_input(self.tree_cache)
@@ -110,18 +152,43 @@ class LavaPrefillAdder(PrefillAdder):
 
     def _commit_prefill_admission(self, req: LavaReq, *args: Any, **kwargs: Any) -> None:
         super()._commit_prefill_admission(req, *args, **kwargs)
-        self._count_ahead(req)
+        self._note(req)
 
     def add_chunked_req(self, req: LavaReq) -> LavaReq | None:
-        self._set_candidate(req)
+        self._set_candidate(req, self.rem_chunk_tokens, self.chunked_req_limit)
         unfinished: LavaReq | None = super().add_chunked_req(req)
         if not self._took(req) and self._make_room(req):
             unfinished = super().add_chunked_req(req)
         self._half_prefilled_waits = not self._took(req)
-        self._count_ahead(req)
+        self._note(req)
         return unfinished
 
     _half_prefilled_waits = False
+    _half_prefilled: LavaReq | None = None
+
+    def _note(self, req: LavaReq) -> None:
+        """What this pass does to `req`, for the candidates after it."""
+        if not self._took(req):
+            return
+        if req.extend_end < len(req.full_untruncated_fill_ids):
+            self._half_prefilled = req
+            return
+        plan = req.expected_plan()
+        if plan is not None and not plan.exact_first and self._copy_slots(req):
+            self.compressed_in_this_pass.append(req)
+            self.memory_budget.ahead = self._ahead()
+
+    def _reserve_later_chunks(self) -> None:
+        """Of a prompt that this pass has begun, where others may come after it: SGLang forgets them
+        (shortest-prefill-first, aligned chunks)."""
+        req, self._half_prefilled = self._half_prefilled, None
+        if req is None:
+            return
+        rest = len(req.full_untruncated_fill_ids) - req.extend_end
+        now = rest + self._copy_slots(req)
+        budget = self.memory_budget
+        budget.current_offset += now + self._growth(rest)
+        budget.total_offset += max(0, now + self._swa_new_tokens(req) - budget.released)
 
     def _request_slot_reserve_for_req(
         self, req: LavaReq, *, extend_input_len: int | None = None
@@ -151,62 +218,73 @@ class LavaPrefillAdder(PrefillAdder):
             fits = prompt + copy <= size and min(max_new, CLIP_MAX_NEW_TOKENS) + copy < size
         return slots if fits else 0
 
-    def _set_candidate(self, req: LavaReq) -> None:
+    def _set_candidate(self, req: LavaReq, *limits: int | None) -> None:
+        """limits: tokens of its prompt that this pass may prefill."""
         budget = self.memory_budget
         extend_len = len(req.full_untruncated_fill_ids) - req.prefix_len
-        # Of a half-prefilled request, the chunks that it holds too.
-        released = extend_len if req.plan is None else req.plan.suffix_len
-        budget.released = released if self._copy_slots(req) else 0
-        limit = extend_len if self.rem_chunk_tokens is None else self.rem_chunk_tokens
-        budget.first_chunk = min(extend_len, limit)
-        budget.ahead = self._ahead(req)
+        budget.first_chunk = min([extend_len, *(limit for limit in limits if limit is not None)])
+        budget.released = req.released_slots(self.tree_cache) if self._copy_slots(req) else 0
+        budget.growth = self._growth(extend_len - budget.first_chunk)
+        with self._lock_node(req.last_node):
+            budget.ahead = self._ahead()
 
-    _released_in_this_pass = 0
-
-    def _count_ahead(self, req: LavaReq) -> None:
-        """What the end of this pass releases of `req`, if it was taken and finishes in it."""
-        finishes = req.extend_end == len(req.full_untruncated_fill_ids)
-        plan = req.expected_plan()
-        if self._took(req) and finishes and plan is not None and not plan.exact_first:
-            self._released_in_this_pass += plan.suffix_len
-
-    def _ahead(self, candidate: LavaReq) -> int:
-        """Slots that this pass releases, for certain: less all that others may hold of them."""
-        if not self.coordinator.config.admit_ahead or not self._released_in_this_pass:
+    def _growth(self, rest: int) -> int:
+        """Slots of running answers until the last chunk of a prompt, of which `rest` tokens come
+        after this pass."""
+        if not (rest and self.decode_steps and self.chunk_size):
             return 0
-        others = [candidate, *self.can_run_list]
-        if self.running_batch is not None:
-            others += self.running_batch.reqs
-        matched = sum(req.prefix_len for req in others)
-        return max(0, self._released_in_this_pass - matched)
+        steps = -(-rest // self.chunk_size) * self.decode_steps
+        running = [] if self.running_batch is None else self.running_batch.reqs
+        return sum(
+            self.ceil_paged_tokens(min(steps, self._swa_new_tokens(req)))
+            for req in (*running, *self.can_run_list)
+        )
+
+    def _ahead(self) -> int:
+        """Slots that this pass releases, for certain: what others lock, the candidate too, is not
+        counted."""
+        if not self.coordinator.config.admit_ahead:
+            return 0
+        return sum(req.released_slots(self.tree_cache) for req in self.compressed_in_this_pass)
 
     def _took(self, req: LavaReq) -> bool:
         return bool(self.can_run_list) and self.can_run_list[-1] is req
 
     def _make_room(self, req: LavaReq) -> bool:
         """Shrink running requests until `req` fits. None of them if that is not enough."""
+        # Its matched prefix is nobody's until it is admitted, and first copies evict to find slots.
+        with self._lock_node(req.last_node):
+            return self._shrink_for(req)
+
+    def _make_room_of_its_prefix(self, req: LavaReq) -> bool:
+        """The same where the matched prefix is in the way of a first copy: `req` must be matched
+        again. Otherwise what is cached would have to wait where what is not would be admitted."""
+        if not self.coordinator.may_shrink or req.prefix_len == 0:
+            return False
+        self._match_nothing(req)
+        if self._shrink_for(req):
+            return True
+        req.init_next_round_input(self.tree_cache)
+        return False
+
+    def _match_nothing(self, req: LavaReq) -> None:
+        req.match_nothing(self.tree_cache)
+        self._set_candidate(req, self.rem_chunk_tokens)
+
+    def _shrink_for(self, req: LavaReq) -> bool:
         if not self.coordinator.may_shrink or self.running_batch is None:
             return False
-
-        def enough() -> bool:
-            return self._shortfall(req) <= 0
-
-        spare = self.coordinator.shrinkable_slots(self.running_batch)
-        if self._shortfall(req) > spare:
+        if self._lacking(req) > self.coordinator.shrinkable_slots(self.running_batch):
             return False
-        return self.coordinator.make_room(self.running_batch, enough)
+        return self.coordinator.make_room(self.running_batch, lambda: self._lacking(req) <= 0)
 
-    def _shortfall(self, req: LavaReq) -> int:
-        """Slots that `req` lacks, at the worse of the two moments that the budget checks."""
-        budget = self.memory_budget
+    def _lacking(self, req: LavaReq) -> int:
+        """Slots that `req` lacks. Its matched prefix is locked."""
         extend_len = len(req.full_untruncated_fill_ids) - req.prefix_len
         max_new = self._swa_new_tokens(req)
-        now = extend_len + self.per_req_token_overhead + self._request_slot_reserve_for_req(req)
-        later = now + max_new - budget.released
-        # The matched prefix counts as free until it is locked.
-        short_now = now + req.prefix_len - budget.remaining_current
-        short_later = later + req.prefix_len + 1 - budget.remaining_total
-        return int(max(short_now, short_later))
+        copy = self._request_slot_reserve_for_req(req)
+        total = extend_len + max_new + self.per_req_token_overhead + copy
+        return self.memory_budget.lacking(extend_len, total, max_new)
 
     def _pool_is_empty(self) -> bool:
         size: int = self.token_to_kv_pool_allocator.size

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from array import array
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.mem_cache.row import copy_len, unlocked_by_shrinking
 from lava_sglang.mem_cache.sharing import used_by_others
 
 
@@ -155,6 +158,22 @@ class LavaReq(Req):
         plan = self.expected_plan()
         return 0 if plan is None else plan.rungs[-1]
 
+    def first_copy_len(self, budget: int) -> int:
+        """Slots that a copy of its exact suffix takes, and of the answer that moves with it."""
+        assert self.plan is not None
+        tail_len = int(self.kv.kv_committed_len) - self.plan.prompt_len
+        return copy_len(budget, tail_len, self.page_size)
+
+    def released_slots(self, tree_cache: Any) -> int:
+        """Slots that a first copy gives back, its own not counted: all that nobody else locks, but
+        the exact prefix. 0 if it is not to be compressed. Of a waiting request: if it was admitted.
+        """
+        plan = self.plan or self.expected_plan()
+        if plan is None:
+            return 0
+        own = max(plan.prompt_len, self.kv.kv_committed_len) - self.kv.cache_protected_len
+        return int(own) + unlocked_by_shrinking(self, tree_cache, plan.shared_prefix_len)
+
     def reset_for_retract(self) -> None:
         """Forget the private copy; the request is prefilled, and compressed, again.
 
@@ -204,6 +223,11 @@ class LavaReq(Req):
             )
             self._used_by_others = used_by_others(tree_cache, text)
         super().init_next_round_input(tree_cache, cow_mamba)
+
+    def match_nothing(self, tree_cache: Any) -> None:
+        """As if the tree held nothing of its prompt, until it is matched again."""
+        match_kv_cache(self, tree_cache, array("q"))
+        self.kv.cache_protected_len = 0
 
     _own_from: int | None = None
     _used_by_others = 0

@@ -60,19 +60,28 @@ class LavaScheduler(Scheduler):
             return super().run_batch(batch, *args, **kwargs)
         self.kv_compression.begin_extend(batch)
         result = super().run_batch(batch, *args, **kwargs)
-        if self.kv_compression.end_extend(batch):
-            # Admission gave up while the exact prompts were in the way or could not shrink yet,
-            # and SGLang asks again only when a request leaves.
-            self.running_batch.batch_is_full = False
-            batch.batch_is_full = False
+        self._ask_admission_again(batch, self.kv_compression.end_extend(batch))
         return result
 
     def update_running_batch(self, batch: Any) -> Any:
-        self.kv_compression.before_decode(batch)
+        self._ask_admission_again(batch, self.kv_compression.before_decode(batch))
         return super().update_running_batch(batch)
 
+    def _ask_admission_again(self, batch: Any, worthwhile: bool) -> None:
+        """It gave up for lack of slots, and SGLang asks again only when a request leaves.
+
+        worthwhile: compression has freed slots, or a running request can shrink from now on.
+        """
+        if worthwhile:
+            self.running_batch.batch_is_full = False
+            batch.batch_is_full = False
+
     def get_prefill_adder_class(self) -> Any:
-        return partial(LavaPrefillAdder, coordinator=self.kv_compression)
+        return partial(
+            LavaPrefillAdder,
+            coordinator=self.kv_compression,
+            decode_steps=self.prefill_decode_interval,
+        )
 
     def get_output_streamer_class(self) -> type[LavaOutputStreamer]:
         return LavaOutputStreamer

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache, MatchPrefixParams, TreeLock
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, evict_from_tree_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
@@ -20,11 +20,17 @@ def alloc_slots(tree_cache: BasePrefixCache, budget: int, tail_len: int = 0) -> 
     """Fresh slots, int64 [budget], and as many more as the tail's pages where pages are larger than
     a slot: in the row it moves by less than a page. Evicts unlocked tree entries to find them."""
     allocator: Any = tree_cache.token_to_kv_pool_allocator
-    page_size = allocator.page_size
-    count = budget if page_size == 1 else budget + -(-tail_len // page_size) * page_size
+    count = copy_len(budget, tail_len, allocator.page_size)
+    if count > allocator.available_size() + tree_cache.evictable_size():
+        return None  # SGLang would evict all that it can before it finds that out
     evict_from_tree_cache(tree_cache, count)
     slots: torch.Tensor | None = allocator.alloc(count)
     return None if slots is None else slots.long()
+
+
+def copy_len(budget: int, tail_len: int, page_size: int) -> int:
+    """Slots that a first copy takes of a request with so many tokens behind its prompt."""
+    return budget if page_size == 1 else budget + -(-tail_len // page_size) * page_size
 
 
 def swap_in_private_slots(
@@ -65,6 +71,27 @@ def swap_in_private_slots(
     req.skip_radix_cache_insert = True
 
 
+def unlocked_by_shrinking(req: Req, tree_cache: BasePrefixCache, length: int) -> int:
+    """Tokens of the tree that nobody would lock any more if the request's lock moved from all that
+    it has matched to the first `length` tokens. Before it is admitted: if it had that lock.
+
+    Measured by doing it, on the host, and undone: other requests' locks are what they were.
+    """
+    if tree_cache.disable or length >= req.kv.cache_protected_len:
+        return 0
+    node = req.last_node if req.lock is None else req.lock.node
+    whole = tree_cache.lock(node)
+    tree_cache.unlock(req.lock)
+    protected = tree_cache.protected_size()
+    shrunk = _lock_prefix(req, tree_cache, length)
+    tree_cache.unlock(whole)
+    unlocked = protected - tree_cache.protected_size()
+    if req.lock is not None:
+        req.lock = tree_cache.lock(node)
+    tree_cache.unlock(shrunk)
+    return int(unlocked)
+
+
 def drop_slots(req: Req, tree_cache: BasePrefixCache, start: int, end: int) -> None:
     """Free places [start, end) of a request's row, whole private pages; what follows moves down.
 
@@ -99,16 +126,19 @@ def replace_slots(
 def _lock_only(req: Req, tree_cache: BasePrefixCache, length: int) -> None:
     """Move the request's tree lock from its whole prompt to the first `length` tokens."""
     whole = req.lock
-    req.lock = None
-    if length > 0:
-        key = RadixKey(
-            req.full_untruncated_fill_ids,
-            req.extra_key,
-            limit=length,
-            cache_salt=req.cache_salt,
-        )
-        match = tree_cache.match_prefix(MatchPrefixParams(key=key))
-        assert match.device_prefix_len == length, (match.device_prefix_len, length)
-        req.last_node = match.last_device_node
-        req.lock = tree_cache.lock(match.last_device_node)
+    req.lock = _lock_prefix(req, tree_cache, length)
+    if req.lock is not None:
+        req.last_node = req.lock.node
     tree_cache.unlock(whole)
+
+
+def _lock_prefix(req: Req, tree_cache: BasePrefixCache, length: int) -> TreeLock | None:
+    """One more lock on the first `length` tokens of its prompt, which the tree holds."""
+    if length == 0:
+        return None
+    key = RadixKey(
+        req.full_untruncated_fill_ids, req.extra_key, limit=length, cache_salt=req.cache_salt
+    )
+    match = tree_cache.match_prefix(MatchPrefixParams(key=key))
+    assert match.device_prefix_len == length, (match.device_prefix_len, length)
+    return tree_cache.lock(match.last_device_node)

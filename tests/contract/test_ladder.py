@@ -182,6 +182,93 @@ def test_a_full_pool_compresses_before_anything_is_retracted() -> None:
     assert compressed[0] == 0 and compressed[-1] >= 1
 
 
+def test_before_a_decode_it_says_whether_slots_were_freed() -> None:
+    engine = build_engine(1, slots=420, config=ladder(budget=0.25, trigger="pressure"))
+    serve(engine, 150, 150)
+    found = []
+    while not any(found):
+        before = engine.coordinator.demand.free_slots()
+        found.append(engine.coordinator.before_decode(running_batch(engine)))
+        assert found[-1] == (engine.coordinator.demand.free_slots() > before)
+        engine.decode()
+    assert len(found) > 1
+
+
+def test_nobody_shrinks_where_all_of_it_is_not_enough(page_size: int) -> None:
+    """32 slots can be had by a trim, 216 by a first copy, for which there are no 72 free."""
+    engine = build_engine(page_size, slots=512, config=ladder(budget=(1, 0.5, 0.25)))
+    override = {"kv_compression": {"budget": [0.5, 0.25]}}
+    trimmed = engine.request(range(1, 129), engine.coordinator.config, custom_params=override)
+    exact = engine.request(range(1000, 1288), engine.coordinator.config)
+    off = engine.request(
+        range(5000, 5128),
+        engine.coordinator.config,
+        custom_params={"kv_compression": {"enabled": False}},
+    )
+    for req in (trimmed, exact, off):
+        assert engine.admit(req)
+        engine.extend((req, None))
+    held = trimmed.budget
+    assert trimmed.compressed and not exact.compressed
+    batch = running_batch(engine)
+    gain = engine.coordinator.shrinkable_slots(batch)
+    free = engine.coordinator.demand.free_slots()
+    assert trimmed.plan is not None and gain == held - trimmed.plan.rungs[-1]
+    assert not engine.coordinator.make_room(batch, lambda: False)
+    assert engine.coordinator.demand.free_slots() == free + gain
+    assert not exact.compressed
+    engine.check()
+
+
+def test_a_first_copy_is_made_in_the_room_of_a_trim(page_size: int) -> None:
+    engine = build_engine(page_size, slots=512, config=ladder(budget=(1, 0.5, 0.25)))
+    override = {"kv_compression": {"budget": [0.5, 0.25]}}
+    trimmed = engine.request(range(1, 193), engine.coordinator.config, custom_params=override)
+    exact = engine.request(range(1000, 1192), engine.coordinator.config)
+    off = engine.request(
+        range(5000, 5192),
+        engine.coordinator.config,
+        custom_params={"kv_compression": {"enabled": False}},
+    )
+    for req in (trimmed, exact, off):
+        assert engine.admit(req)
+        engine.extend((req, None))
+    batch = running_batch(engine)
+    free, gain = (
+        engine.coordinator.demand.free_slots(),
+        engine.coordinator.shrinkable_slots(batch),
+    )
+    assert exact.plan is not None and free < exact.plan.rungs[-1]
+    assert not engine.coordinator.make_room(batch, lambda: False)
+    assert exact.compressed and engine.coordinator.demand.free_slots() == free + gain
+    engine.check()
+
+
+def test_a_first_copy_that_frees_no_slot_is_not_made(page_size: int) -> None:
+    """In scope `prompt` a copy takes 80 slots, and what was matched stays locked by another."""
+    engine = build_engine(page_size, config=ladder(budget=0.25, trigger="pressure", scope="prompt"))
+    off = engine.request(
+        range(1, 305),
+        engine.coordinator.config,
+        custom_params={"kv_compression": {"enabled": False}},
+    )
+    exact = engine.request(range(1, 321), engine.coordinator.config)
+    for req in (off, exact):
+        assert engine.admit(req)
+        engine.extend((req, None))
+    free = engine.coordinator.demand.free_slots()
+    batch = running_batch(engine)
+    assert exact.next_budget is not None and engine.coordinator.shrinkable_slots(batch) == 0
+    assert not engine.coordinator.make_room(batch, lambda: False)
+    assert not exact.compressed and engine.coordinator.demand.free_slots() == free
+    engine.check()
+    engine.finish(off)
+    assert engine.coordinator.shrinkable_slots(batch := running_batch(engine)) == 320 - 80
+    assert not engine.coordinator.make_room(batch, lambda: False)
+    assert exact.compressed
+    engine.check()
+
+
 def test_a_retracted_request_starts_over(page_size: int) -> None:
     engine = build_engine(page_size, config=ladder())
     (req,) = serve(engine, 130, steps=2)

@@ -191,9 +191,11 @@ def test_the_last_chunk_of_a_request_alone_is_admitted(engine: Engine) -> None:
     assert stuck == []
 
 
-def half_prefilled(engine: Engine) -> LavaReq:
-    half = CONFIG.model_copy(update={"budget": (0.5,)})
-    req = matched(engine, 300, max_new_tokens=8, config=half)
+HALF = CONFIG.model_copy(update={"budget": (0.5,)})
+
+
+def half_prefilled(engine: Engine, config: KVCompressionConfig = HALF) -> LavaReq:
+    req = matched(engine, 300, max_new_tokens=8, config=config)
     assert admits(engine, req, chunk=160)
     engine.prefilling.append(req)
     engine.extend((req, req.extend_end - req.prefix_len))
@@ -222,9 +224,21 @@ def test_nobody_overtakes_a_half_prefilled_request_that_waits(engine: Engine) ->
     assert adder.can_run_list == [] and adder.new_chunked_req is None
 
 
-def test_nobody_overtakes_a_half_prefilled_request_of_a_short_chunk(engine: Engine) -> None:
-    """It took what slots there were. More that come by a trim are not another's first chunk."""
+def test_answers_to_come_do_not_shorten_the_chunk_of_a_compressed_prompt(engine: Engine) -> None:
+    """Its slots are back before they are wanted: of 8 left, SGLang would prefill 8 tokens."""
     req = half_prefilled(engine)
+    adder = adder_of(engine, chunk=32)
+    adder.memory_budget.total_offset += int(adder.rem_total_tokens) - 8
+    assert adder.add_chunked_req(req) is req
+    assert adder.can_run_list == [req] and req.extend_end - req.prefix_len == 32
+
+
+def test_nobody_overtakes_a_half_prefilled_request_of_a_short_chunk(engine: Engine) -> None:
+    """It took what slots there were. More that come by a trim are not another's first chunk.
+
+    Of a request without compression: SGLang takes a part of the chunk where answers want the rest.
+    """
+    req = half_prefilled(engine, OFF)
     adder = adder_of(engine, chunk=160)
     total = adder.memory_budget.total_offset
     adder.memory_budget.total_offset += int(adder.rem_total_tokens) - 40

@@ -42,6 +42,7 @@ def scheduler() -> Any:
     made.kv_compression = KVCompressionCoordinator(CONFIG)
     made.kv_compression.compressor = SimpleNamespace(timer=StreamTimer("cpu"))
     made.page_size = 16
+    made.prefill_decode_interval = 3
     made.running_batch = SimpleNamespace(reqs=[])
     return made
 
@@ -115,10 +116,22 @@ def test_freed_slots_open_admission_again(
     assert scheduler.running_batch.batch_is_full is not compresses
 
 
+@pytest.mark.parametrize("freed", [True, False])
+def test_slots_freed_before_a_decode_open_admission_again(
+    scheduler: Any, freed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a trim, a first copy or the compression of a long answer."""
+    monkeypatch.setattr(stock(), "update_running_batch", lambda self, batch: batch)
+    monkeypatch.setattr(scheduler.kv_compression, "before_decode", lambda batch: freed)
+    batch = scheduler.running_batch = batch_of("decode")
+    assert scheduler.update_running_batch(batch) is batch
+    assert batch.batch_is_full is not freed
+
+
 def test_sglang_gets_our_classes(scheduler: Any) -> None:
     adder = scheduler.get_prefill_adder_class()
     assert adder.func is LavaPrefillAdder
-    assert adder.keywords == {"coordinator": scheduler.kv_compression}
+    assert adder.keywords == {"coordinator": scheduler.kv_compression, "decode_steps": 3}
     assert scheduler.get_output_streamer_class() is LavaOutputStreamer
     assert issubclass(LavaPrefillAdder, stock().get_prefill_adder_class(scheduler))
     assert issubclass(LavaOutputStreamer, stock().get_output_streamer_class(scheduler))
