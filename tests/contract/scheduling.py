@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.managers.scheduler import LavaScheduler
 from tests.contract.engine import Engine, build_engine
@@ -38,7 +39,7 @@ OFF = (
     *("enable_hierarchical_cache", "enable_unified_cache_external_linker", "enable_lmcache"),
     *("enable_hisparse", "require_mlp_sync", "enable_priority_preemption", "is_hybrid_swa"),
     *("is_mixed_chunk", "enable_lora", "enable_hicache_storage", "enable_priority_scheduling"),
-    *("enable_skip_finishing_decode", "enable_lora_overlap_loading", "enable_overlap"),
+    *("enable_lora_overlap_loading", "enable_overlap"),
 )
 """Features that are off."""
 
@@ -66,7 +67,7 @@ class Served(LavaScheduler):
             page_size, slots=slots, config=config, disable_radix_cache=disable_radix_cache
         )
         self.engine: Engine = engine
-        self.overlap = overlap
+        self.overlap = self.enable_skip_finishing_decode = overlap
         for name in ABSENT:
             setattr(self, name, None)
         for name in OFF:
@@ -109,7 +110,7 @@ class Served(LavaScheduler):
         self.aborted: list[LavaReq] = []
         self.retractions = 0
         self.steps = 0
-        engine.coordinator.attach_scheduler(self)
+        engine.coordinator.demand = Demand(self)  # of the engine, of what runs here
 
     def get_num_allocatable_reqs(self, running_bs: int, *args: Any, **kwargs: Any) -> int:
         """Rows; no micro batches of a pipeline."""
