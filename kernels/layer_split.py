@@ -14,6 +14,9 @@ from lava_sglang.kernels.reference import layer_entropy_ref
 
 WEIGHT_UNIT = 2.0**-30  # weights are read as whole multiples of it
 ENTROPY_BLOCK = 4096
+MAX_CAP = 2**30
+"""Scored entries of a layer: 33 million tokens of 32 heads. Products of a cap, a share of at most
+2**30 and 2 then stay below 2**62."""
 
 
 def layer_entropy(scores: torch.Tensor) -> torch.Tensor:
@@ -65,7 +68,7 @@ def layer_split(weights: torch.Tensor, total: int, cap: int) -> torch.Tensor:
     weight / (2 * entries + 1), ties to the lower layer; a layer that holds `cap` gets no more. The
     sum is exact, and a smaller total never gives a layer more.
     weights: float32 [num_layers] in [0, 1], read to 2**-30; less, and not finite, counts as 2**-30.
-    cap: num_kv_heads * tokens, at most 2**24; total: at most num_layers * cap.
+    cap: num_kv_heads * tokens, at most 2**30; total: at most num_layers * cap.
     Returns int64 [num_layers] on the weights' device, from where nothing is read back.
     """
     run = layer_split_triton if weights.is_cuda else _on_cpu
@@ -115,7 +118,7 @@ def _shares(weights: torch.Tensor, total: int, cap: int) -> torch.Tensor:
     """Weights in units of WEIGHT_UNIT, int64 in [1, 2**30]."""
     num_layers = len(weights)
     assert weights.dtype == torch.float32 and weights.dim() == 1, (weights.dtype, weights.shape)
-    assert 1 <= cap <= 2**24, f"cap={cap}: from 1 to 2**24"
+    assert 1 <= cap <= MAX_CAP, f"cap={cap}: from 1 to 2**30"
     assert 0 <= total <= num_layers * cap, f"total={total}: at most {num_layers} layers of {cap}"
     units = torch.nan_to_num(weights, nan=0.0, posinf=0.0).double() / WEIGHT_UNIT
     return units.round().clamp(1, 2**30).long()

@@ -248,21 +248,28 @@ def importance_ref(
     """A score from one layer's attention, by the options of `window_scores.window_scores`.
 
     attention: float32 [num_qo_heads, tokens]. values: [tokens, num_kv_heads, head_dim].
-    Returns float32 [num_kv_heads, tokens].
+    Returns float32 [num_kv_heads, tokens], all finite: what is not counts as 0, attention and norm
+    of a value each by itself.
     """
     values = values.float().transpose(0, 1)
     num_kv_heads, num_tokens, _ = values.shape
     if value_norm == "token":
         group = attention.shape[0] // num_kv_heads
         attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
+    attention = finite_ref(attention)
     pooled = torch.maximum(
         max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
     )
     grouped = pooled.view(num_kv_heads, -1, num_tokens)
     score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
     if value_norm == "head":
-        score = score * values.abs().sum(dim=-1).amax(dim=-1, keepdim=True)
-    return score
+        score = score * finite_ref(values.abs().sum(dim=-1)).amax(dim=-1, keepdim=True)
+    return finite_ref(score)
+
+
+def finite_ref(numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers` with 0 in the place of each that is infinite or not a number. A new tensor."""
+    return numbers.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def layer_entropy_ref(scores: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,8 @@ def window_scores(
     group_reduce: 'max' or 'mean', over the query heads of a KV head, after pooling.
     value_norm: 'token', times the L2 norm of the token's value, before pooling; 'head', times the
     largest L1 norm of the head's scored values; or 'none'.
-    Returns float32 [num_layers, num_kv_heads, prompt_len - P - w]. Reads nothing back to the host.
+    Returns float32 [num_layers, num_kv_heads, prompt_len - P - w], all finite: attention, and the
+    norm of a value, that is infinite or not a number counts as 0. Reads nothing back to the host.
     Source: LAVa, arXiv 2509.09754 (max, head); SnapKV, arXiv 2404.14469 (mean, none).
     """
     run = window_scores_triton if arena.is_cuda else window_scores_ref
@@ -297,6 +298,12 @@ def _value_norms(
     return norms.amax(dim=-1) * factor
 
 
+@triton.jit
+def _finite(numbers):
+    """0 in the place of what is infinite or not a number."""
+    return tl.where(tl.abs(numbers) < float("inf"), numbers, 0.0)
+
+
 @triton.jit(do_not_specialize=["prompt_len", "num_queries", "first_layer", "splits", "slots"])
 def _softmax_sums(
     queries_ptr,  # [L, num_queries, H * G, D]
@@ -420,7 +427,8 @@ def _mean_attention(
             mean += tl.sum(share, 1)
         if ROOT_MEAN_SQUARE:
             mean = tl.sqrt(mean)
-        tl.store(attention_ptr + (group_head + g) * num_scored + scored, mean * norm, mask=live)
+        row_ptr = attention_ptr + (group_head + g) * num_scored
+        tl.store(row_ptr + scored, _finite(mean * norm), mask=live)
 
 
 @triton.jit(do_not_specialize=["num_scored", "first_layer", "slots"])
@@ -448,7 +456,7 @@ def _value_norm(
         slot = tl.load(scored_slots_ptr + scored, mask=live, other=0)
         offset = entry_offset(layer, slot, kv_head, slots, H, D) + v_plane
         v = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, tl.float32)
-        norm = tl.maximum(norm, tl.sum(tl.abs(v), 1))
+        norm = tl.maximum(norm, _finite(tl.sum(tl.abs(v), 1)))
     program = (tl.program_id(2).to(tl.int64) * H + kv_head) * tl.num_programs(0)
     tl.store(norms_ptr + program + tl.program_id(0), tl.max(norm, 0))
 
@@ -483,4 +491,5 @@ def _pool(
             pooled = tl.maximum(pooled, SPAN_SHARE * before)
         score = score + pooled / G if MEAN else tl.maximum(score, pooled)
     norm = tl.load(norms_ptr + head)
-    tl.store(scores_ptr + head * num_scored + scored, score * norm, mask=scored < num_scored)
+    row_ptr = scores_ptr + head * num_scored
+    tl.store(row_ptr + scored, _finite(score * norm), mask=scored < num_scored)

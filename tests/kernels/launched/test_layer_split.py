@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lava_sglang.kernels.layer_split import (
+    MAX_CAP,
     layer_entropy_triton,
     layer_split,
     layer_split_triton,
@@ -27,13 +28,14 @@ def test_equals_the_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 2.0**-31, 1e-6, 1.0, float("nan")])
 def test_extreme_weights_at_full_size(weight: float) -> None:
-    """Sums are exact at the largest cap, where products come near 2**55."""
+    """Sums are exact at the largest cap, where products come near 2**62."""
     weights = torch.full((80,), 1.0)
     weights[::2] = weight
-    for total in (1, 12_345_678, 80 * 2**24 - 1):
-        got = layer_split_triton(weights, total, 2**24)
-        assert got.sum() == total and got.min() >= 0 and got.max() <= 2**24
-        assert torch.equal(got, layer_split(weights, total, 2**24))
+    for cap in (2**24, 2**25, MAX_CAP):  # the second: 32 heads of a million tokens
+        for total in (1, 12_345_678, 80 * cap - 1):
+            got = layer_split_triton(weights, total, cap)
+            assert got.sum() == total and got.min() >= 0 and got.max() <= cap
+            assert torch.equal(got, layer_split(weights, total, cap))
 
 
 def test_real_size() -> None:

@@ -6,7 +6,14 @@ import torch
 
 from lava_sglang.kernels import arena as arena_module
 from lava_sglang.kernels import window_scores as module
-from lava_sglang.kernels.reference import window_scores_ref
+from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
+from lava_sglang.kernels.reference import (
+    layer_entropy_ref,
+    layer_split_ref,
+    select_ref,
+    window_scores_ref,
+)
+from lava_sglang.kernels.select import select_triton
 from lava_sglang.kernels.window_scores import window_scores_triton
 from tests.kernels.device import DTYPES, generator
 
@@ -61,6 +68,37 @@ def test_options(
         value_norm=value_norm,
         root_mean_square=root_mean_square,
     )
+
+
+@pytest.mark.parametrize("value_norm", ["token", "head", "none"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", ["key", "value", "query"])
+def test_what_is_not_finite_scores_nothing(place: str, number: float, value_norm: str) -> None:
+    """And the same entries are kept as by the reference: one bad number empties no layer."""
+    inputs = prompt(layers=3, heads=2, group=2, dtype=torch.float32)
+    queries, arena, slots = inputs
+    at = int(slots[60])
+    if place == "query":
+        queries[1, 3, 2, 7] = number
+    else:
+        arena[1, 0 if place == "key" else 1, at, 0, 5] = number
+    args = (*inputs, 21, 8, 0.125)
+    got = window_scores_triton(*args, value_norm=value_norm)
+    want = window_scores_ref(*args, value_norm=value_norm)
+    assert got.isfinite().all() and want.isfinite().all()
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-7)
+    assert (got[[0, 2]] > 0).all() and (got[1, 1] > 0).any()
+    if place == "value":
+        others = [i for i in range(got.shape[2]) if abs(i - 39) > 3]
+        assert (got[1, 0, others] > 0).all()  # of the 7 places around slots[60], at most
+    budget, total = 30, 3 * 2 * (30 - 8)
+    kept = select_triton(
+        got, layer_split_triton(layer_entropy_triton(got), total, 2 * got.shape[2]), budget, 21, 8
+    )
+    counts = layer_split_ref(layer_entropy_ref(want).tolist(), total, 2 * got.shape[2])
+    assert min(counts) > 0  # beside the window
+    expected = select_ref(want, torch.tensor(counts), 21, 8)
+    assert all(torch.equal(a, b.to(a)) for a, b in zip(kept, expected, strict=True))
 
 
 @pytest.mark.parametrize("root_mean_square", [False, True])
