@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -32,12 +34,18 @@ from lava_sglang.methods import (
     MethodTraits,
 )
 
+MAX_STEPS = 32
+"""Of a ladder: what a client sends has a length that a scheduler may walk over."""
+
 DECODE_BACKENDS = {"triton": "lava", "flashinfer": "lava_flashinfer"}
 """Decode kernel -> name of our attention backend: only these decode ragged requests on a GPU."""
 
 Scope = Literal["suffix", "prompt", "auto"]
 Trigger = Literal["always", "pressure"]
 DecodeKernel = Literal["triton", "flashinfer"]
+
+REQUEST_KEY = "kv_compression"
+"""Where a request's settings are in its `custom_params`."""
 
 _ACCEPTS = {
     "method": f"one of {', '.join(METHOD_CHOICES[1:])}",
@@ -61,15 +69,46 @@ _ACCEPTS = {
 }
 
 
+def parse_budget(text: str) -> Any:
+    """A budget as it is typed, `0.25` or `0.5,0.25`, as a number or a list of them; the text itself
+    if it is neither, for its error."""
+    try:
+        steps = [float(step) for step in text.split(",")]
+    except ValueError:
+        return text
+    return steps if len(steps) > 1 else steps[0]
+
+
+def budget_text(budget: Iterable[float]) -> str:
+    """A ladder as it is typed: `0.5,0.25`."""
+    return ",".join(repr(_plain(step)) for step in budget)
+
+
 def _ladder(budget: Any) -> Any:
     """One number or a list of them as a tuple of floats; anything else as it is."""
-    steps = budget if isinstance(budget, list | tuple) else [budget]
-    if steps and all(isinstance(step, int | float) and step is not True for step in steps):
+    parsed = parse_budget(budget) if isinstance(budget, str) and "," in budget else budget
+    steps = parsed if isinstance(parsed, list | tuple) else [parsed]
+    if not 0 < len(steps) <= MAX_STEPS:
+        return budget
+    if any(isinstance(step, bool) or not isinstance(step, int | float) for step in steps):
+        return budget
+    try:
         return tuple(float(step) for step in steps)
+    except OverflowError:  # an integer above 1.8e308
+        return budget
+
+
+def _falls_on_one_scale(budget: tuple[float, ...]) -> tuple[float, ...]:
+    for step in budget:
+        if not math.isfinite(step) or step <= 0 or (step > 1 and step != int(step)):
+            raise ValueError(f"{_plain(step)} is neither a fraction nor a number of tokens")
+    for above, below in itertools.pairwise(budget):
+        if below >= above or (above > 1) != (below > 1):
+            raise ValueError(f"{_plain(below)} is not a lower rung than {_plain(above)}")
     return budget
 
 
-Ladder = Annotated[tuple[float, ...], BeforeValidator(_ladder)]
+Ladder = Annotated[tuple[float, ...], BeforeValidator(_ladder), AfterValidator(_falls_on_one_scale)]
 """Fractions of the suffix, or tokens, the most first; one number is a ladder of one step."""
 
 
@@ -152,18 +191,12 @@ class KVCompressionConfig(BaseModel):
 
     @field_validator("budget")
     @classmethod
-    def _fractions_or_tokens(
+    def _suits_window_and_method(
         cls, budget: tuple[float, ...], info: ValidationInfo
     ) -> tuple[float, ...]:
         window_size = info.data.get("window_size", 0)  # 0 if it is refused itself
-        for step in budget:
-            if not math.isfinite(step) or step <= 0 or (step > 1 and step != int(step)):
-                raise ValueError(f"{_plain(step)} is neither a fraction nor a number of tokens")
-            if 1 < step <= window_size:
-                raise ValueError(f"must exceed window_size={window_size}, it includes the window")
-        for above, below in itertools.pairwise(budget):
-            if below >= above or (above > 1) != (below > 1):
-                raise ValueError(f"{_plain(below)} is not a lower rung than {_plain(above)}")
+        if any(1 < step <= window_size for step in budget):
+            raise ValueError(f"must exceed window_size={window_size}, it includes the window")
         traits = _traits(info)
         if len(budget) > 1 and traits is not None and not traits.takes_ladder:
             method = info.data["method"]
@@ -222,50 +255,78 @@ class KVCompressionConfig(BaseModel):
 
     @classmethod
     def parse(
-        cls, values: Mapping[str, Any], display: Callable[[str], str] = str
+        cls,
+        values: Mapping[str, Any],
+        display: Callable[[str], str] = str,
+        offered: Iterable[str] | None = None,
     ) -> KVCompressionConfig:
         """Validate `values`; raises KVCompressionError with a sentence for every bad one.
 
-        `display` turns a field's name into what its user typed.
+        `display` turns a field's name into what its user typed. offered: the fields that the answer
+        to an unknown one lists, all of them if None.
         """
-        return _validate(cls, values, display)
+        return _validate(cls, values, display, offered)
+
+    def for_custom_params(self, custom_params: Any) -> KVCompressionConfig:
+        """The settings of a request that was sent with these `custom_params`.
+
+        A client may send any JSON there, and SGLang reads objects only: anything else holds no
+        settings. Raises KVCompressionError naming field, value and range.
+        """
+        override = custom_params.get(REQUEST_KEY) if isinstance(custom_params, Mapping) else None
+        return self if override is None else self.for_request(override)
 
     def for_request(self, override: Any) -> KVCompressionConfig:
         """The settings of one request: `custom_params["kv_compression"]` laid over the server's.
 
-        The server's head_floor stays behind where the request's method has no use for it.
-        Raises KVCompressionError naming field, value and range.
+        The server's head_floor and decode_interval stay behind where the request's method has no
+        use for them. Raises KVCompressionError naming field, value and range, of fields that the
+        request sent and no others.
         """
         if not isinstance(override, Mapping):
+            fields = ", ".join(RequestOverride.model_fields)
             raise KVCompressionError(
-                [
-                    f"kv_compression={override!r}: accepts an object with any of "
-                    f"{', '.join(RequestOverride.model_fields)}"
-                ]
+                [f"{REQUEST_KEY}={_typed(override)}: accepts an object with any of {fields}"]
             )
-        request = _validate(RequestOverride, override, "kv_compression.{}".format)
-        if request.method in RAGGED_METHODS and not self.ragged:
-            served = ", ".join(UNIFORM_METHODS)
-            raise KVCompressionError(
-                [
-                    f"kv_compression.method={request.method!r}: accepts one of {served} on this "
-                    f"server, which runs {self.method} on a decode backend for equal budgets"
-                ]
-            )
-        if request.budget is not None and len(request.budget) > 1 and not self.has_ladder:
-            raise KVCompressionError(
-                [
-                    f"kv_compression.budget={_typed(request.budget)}: accepts one budget on this "
-                    "server, which was not started with a ladder and keeps no scores"
-                ]
-            )
-        changed = request.model_dump(exclude_unset=True, exclude={"enabled"})
-        merged = {**self.model_dump(), **changed}
+        request = _validate(RequestOverride, override, _display)
+        if not request.enabled:
+            return self.model_copy(update={"method": "none"})
+        reason = self._not_served(request)
+        if reason is not None:
+            raise KVCompressionError([reason])
+        merged = {
+            **self.model_dump(),
+            **request.model_dump(exclude_unset=True, exclude={"enabled"}),
+        }
         traits = METHODS.get(merged["method"])
         if traits is None or not traits.heads_compete:
             merged["head_floor"] = None
-        settings: KVCompressionConfig = _validate(type(self), merged, "kv_compression.{}".format)
-        return settings if request.enabled else settings.model_copy(update={"method": "none"})
+        if traits is None or not traits.needs_queries:
+            merged["decode_interval"] = None
+        settings: KVCompressionConfig = _validate(type(self), merged, _display)
+        return settings
+
+    def _not_served(self, request: RequestOverride) -> str | None:
+        """What this server was not started for."""
+        method = f"{_display('method')}={request.method!r}"
+        if request.method in RAGGED_METHODS and not self.ragged:
+            served = ", ".join(UNIFORM_METHODS)
+            return (
+                f"{method}: accepts one of {served} on this "
+                f"server, which runs {self.method} on a decode backend for equal budgets"
+            )
+        takes_ladder = request.method is None or METHODS[request.method].takes_ladder
+        if request.budget is None and self.has_ladder and not takes_ladder:
+            return (
+                f"{method}: accepts it with one {_display('budget')} on this server, whose ladder "
+                f"{budget_text(self.ladder)} it cannot go down"
+            )
+        if request.budget is not None and len(request.budget) > 1 and not self.has_ladder:
+            return (
+                f"{_display('budget')}={_typed(request.budget)}: accepts one budget on this "
+                "server, which was not started with a ladder and keeps no scores"
+            )
+        return None
 
 
 class RequestOverride(BaseModel):
@@ -286,29 +347,67 @@ def _traits(info: ValidationInfo) -> MethodTraits | None:
     return METHODS.get(info.data.get("method", "none"))
 
 
-def _validate(model: type, values: Mapping[str, Any], display: Callable[[str], str]) -> Any:
+def _display(field: str) -> str:
+    return f"{REQUEST_KEY}.{field}"
+
+
+def _validate(
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    display: Callable[[str], str],
+    offered: Iterable[str] | None = None,
+) -> Any:
+    known = {name: value for name, value in values.items() if name in model.model_fields}
+    unknown = [name for name in values if name not in known]
+    reasons = []
+    if unknown:  # named one by one, as long as that can be read
+        fields = ", ".join(model.model_fields if offered is None else offered)
+        shown = [f"{display(_name(name))}={_typed(values[name])}" for name in unknown[:_MAX_NAMED]]
+        reasons = [f"{name}: unknown field, accepts {fields}" for name in shown]
+        if len(unknown) > len(shown):
+            reasons.append(f"{len(unknown) - len(shown)} more unknown fields")
     try:
-        return model(**{str(name): value for name, value in values.items()})
+        found = model(**known)
     except ValidationError as error:
-        reasons = [_sentence(e, display, model) for e in error.errors()]
-        raise KVCompressionError(reasons) from None
+        raise KVCompressionError(
+            [_sentence(e, display) for e in error.errors()] + reasons
+        ) from None
+    if reasons:
+        raise KVCompressionError(reasons)
+    return found
 
 
-def _sentence(error: Any, display: Callable[[str], str], model: Any) -> str:
+def _sentence(error: Any, display: Callable[[str], str]) -> str:
     inner = error.get("ctx", {}).get("error")
     field = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(model.model_fields)
-        return f"{display(field)}={error['input']!r}: unknown field, accepts {known}"
     why = f" ({inner})" if isinstance(inner, ValueError) else ""
     return f"{display(field)}={_typed(error['input'])}: accepts {_ACCEPTS[field]}{why}"
 
 
+_MAX_NAMED = 8
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
 def _typed(value: Any) -> str:
-    """As its user typed it: a ladder with commas, a whole number without a point."""
-    if isinstance(value, tuple):
-        return ",".join(repr(_plain(rung)) for rung in value)
-    return repr(_plain(value))
+    """As its user typed it: a ladder with commas, a whole number without a point.
+
+    Short and in ASCII, whatever a client sent: it goes into logs and messages.
+    """
+    parts = value if isinstance(value, tuple) and 0 < len(value) <= MAX_STEPS else (value,)
+    try:
+        text = ",".join(_SHORT.repr(_plain(part)) for part in parts)
+        return text.encode("ascii", "backslashreplace").decode()
+    except Exception:  # an integer of more digits than Python prints, an object that has no repr
+        return f"<{type(value).__name__}>"
+
+
+def _name(key: Any) -> str:
+    """An unknown field as it was sent; quoted if it is no plain word."""
+    plain = isinstance(key, str) and key.isascii() and key.replace("-", "_").isidentifier()
+    return key if plain and len(key) <= _SHORT.maxstring else _typed(key)
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,8 @@ class CompressionStats:
 
     def count(self, req: LavaReq) -> None:
         """Called once a request's prefill has been launched."""
+        if req.is_health_check:
+            return
         outcome = "compressed" if req.compressed else str(req.skip_reason)
         self.requests[outcome] += 1
         if req.budget is not None and req.plan is not None:

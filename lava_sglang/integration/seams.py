@@ -219,9 +219,9 @@ SEAMS = (
     Seam(f"{_REQ}.reset_for_retract", "override", ("self",), "forgets the private copy"),
     Seam(
         f"{_REQ}.set_finish_with_abort",
-        "call",
+        "override",
         ("self", "error_msg", "status_code", "err_type"),
-        "refuses a request with bad settings",
+        "refuses a request with bad settings, and keeps that reason where later checks fail",
     ),
     Seam(
         f"{_SCHEDULER}.update_running_batch",

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from enum import StrEnum
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -16,12 +19,15 @@ from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.mem_cache.row import copy_len, unlocked_by_shrinking
 from lava_sglang.mem_cache.sharing import used_by_others
 
+logger = logging.getLogger(__name__)
+
 
 class SkipReason(StrEnum):
     """Why a request is served uncompressed. Always legal; counted by reason."""
 
     DISABLED = "disabled"  # the request asked for it
     TOO_SHORT = "too_short"  # suffix below min_tokens
+    PARALLEL_SAMPLES = "parallel_samples"  # n > 1: SGLang caches the prompt before its samples run
     BUDGET_COVERS_SUFFIX = "budget_covers_suffix"  # nothing would be dropped
     NO_DECODE = "no_decode"  # at most one output token: no later step would read less
     NO_ROOM = "no_room"  # no b free slots for the copy
@@ -63,12 +69,27 @@ class LavaReq(Req):
         self.answer_compressed = 0  # tokens of the answer that went onto the tape or were dropped
         self.window: WindowQueries | None = None
         self.compression = config
-        override = (self.sampling_params.custom_params or {}).get("kv_compression")
-        if override is not None:
-            try:
-                self.compression = config.for_request(override)
-            except KVCompressionError as error:
-                self.set_finish_with_abort(str(error))
+        try:
+            self.compression = config.for_custom_params(self.sampling_params.custom_params)
+        except KVCompressionError as error:
+            self.set_finish_with_abort(str(error))
+        except Exception as error:  # what a client sent ends its own request and nothing else
+            logger.exception("KV compression: the settings of request %s", self.rid)
+            self.set_finish_with_abort(
+                f"KV compression could not read the settings: {type(error).__name__}",
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                "InternalServerError",
+            )
+
+    def set_finish_with_abort(self, *args: Any, **kwargs: Any) -> None:
+        """The first reason stays: with its prompt gone, SGLang's later checks fail for that."""
+        if self.to_finish is None:
+            super().set_finish_with_abort(*args, **kwargs)
+
+    @property
+    def is_health_check(self) -> bool:
+        """SGLang's own probe, of one token: no request of anybody's."""
+        return str(self.rid).startswith(HEALTH_CHECK_RID_PREFIX)
 
     @property
     def compressed(self) -> bool:
@@ -119,7 +140,8 @@ class LavaReq(Req):
         if self.sampling_params.max_new_tokens - len(self.output_ids) <= 1:
             return SkipReason.NO_DECODE
         if suffix_len < config.min_tokens:
-            return SkipReason.TOO_SHORT
+            sampled = self.sampling_params.n > 1 and prompt_len >= config.min_tokens
+            return SkipReason.PARALLEL_SAMPLES if sampled else SkipReason.TOO_SHORT
         rungs = config.rungs(suffix_len, self.page_size)
         if not rungs:
             return SkipReason.BUDGET_COVERS_SUFFIX
@@ -140,6 +162,8 @@ class LavaReq(Req):
         """Fix the plan at the launch of the first chunk. A later chunk changes nothing."""
         if self.plan is not None or self.skip_reason is not None:
             return
+        exact = min(self.prefix_len, self._shareable_len())
+        self._parts = (exact, len(self.full_untruncated_fill_ids) - exact)
         plan = self.plan_for(self.prefix_len)
         if isinstance(plan, SkipReason):
             self.skip_reason = plan
@@ -198,9 +222,9 @@ class LavaReq(Req):
             "status": "compressed" if self.compressed else "skipped",
             "prompt_tokens": len(self.origin_input_ids),
         }
-        if self.plan is not None and self.compressed:
-            info["shared_prefix_tokens"] = self.plan.shared_prefix_len
-            info["suffix_tokens"] = self.plan.suffix_len
+        if self._parts is not None:
+            info["shared_prefix_tokens"], info["suffix_tokens"] = self._parts
+        if self.compressed:
             info["kept_tokens"] = self.budget
             if self.answer_compressed:
                 info["answer_tokens_compressed"] = self.answer_compressed
@@ -229,6 +253,7 @@ class LavaReq(Req):
         match_kv_cache(self, tree_cache, array("q"))
         self.kv.cache_protected_len = 0
 
+    _parts: tuple[int, int] | None = None  # shared prefix and suffix, in tokens, once prefilled
     _own_from: int | None = None
     _used_by_others = 0
 

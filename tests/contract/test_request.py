@@ -11,6 +11,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
+from lava_sglang.metrics import CompressionStats
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
@@ -22,7 +23,8 @@ def request(
     config: KVCompressionConfig = CONFIG,
     page_size: int = 1,
     max_new_tokens: int = 16,
-    custom_params: dict[str, Any] | None = None,
+    custom_params: Any = None,
+    n: int = 1,
     **kwargs: Any,
 ) -> LavaReq:
     """As the scheduler builds one and puts it in its queue."""
@@ -30,7 +32,7 @@ def request(
         "rid",
         "",
         array("q", range(length)),
-        SamplingParams(max_new_tokens=max_new_tokens, custom_params=custom_params),
+        SamplingParams(max_new_tokens=max_new_tokens, custom_params=custom_params, n=n),
         config=config,
         page_size=page_size,
         vocab_size=100_000,
@@ -118,6 +120,7 @@ def test_every_reason_is_shown() -> None:
     assert {reason.value for reason in SkipReason} == {
         "disabled",
         "too_short",
+        "parallel_samples",
         "budget_covers_suffix",
         "no_decode",
         "no_room",
@@ -293,9 +296,49 @@ def test_info_of_a_skipped_request() -> None:
         "method": "snapkv",
         "status": "skipped",
         "prompt_tokens": 90,
+        "shared_prefix_tokens": 0,
+        "suffix_tokens": 90,
         "reason": "too_short",
         "slots_freed": 0,
     }
+
+
+def test_info_says_why_a_long_prompt_is_too_short() -> None:
+    """Its suffix is what counts: most of it came from the tree."""
+    req = request(length=821)
+    req.prefix_len = 799
+    req.begin_prefill()
+    info = req.info()
+    assert (info["reason"], info["shared_prefix_tokens"], info["suffix_tokens"]) == (
+        "too_short",
+        799,
+        22,
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "matched", "n", "reason"),
+    [
+        (1000, 999, 2, SkipReason.PARALLEL_SAMPLES),
+        (1000, 999, 1, SkipReason.TOO_SHORT),
+        (99, 98, 2, SkipReason.TOO_SHORT),  # its prompt is
+    ],
+)
+def test_parallel_samples_have_a_reason_of_their_own(
+    length: int, matched: int, n: int, reason: SkipReason
+) -> None:
+    """SGLang puts their prompt into the tree before it sends them: each has a suffix of a token."""
+    assert request(length, n=n).plan_for(matched) is reason
+
+
+def test_sglangs_health_check_is_not_counted() -> None:
+    stats = CompressionStats()
+    for rid in ("HEALTH_CHECK_1", "rid"):
+        req = request(max_new_tokens=1)
+        req.rid = rid
+        req.begin_prefill()
+        stats.count(req)
+    assert dict(stats.requests) == {"no_decode": 1}
 
 
 def test_info_of_a_request_that_was_planned_and_found_no_room() -> None:
@@ -368,3 +411,32 @@ def test_settings_of_another_feature_in_custom_params_are_left_alone() -> None:
     params = {"thinking_budget": 5, "kv_compression": {"budget": 0.5}}
     req = request(custom_params=params)
     assert req.sampling_params.custom_params == params
+
+
+@pytest.mark.parametrize("custom_params", ["x", [1], 5, 0, True, "", [], {"kv_compression": None}])
+def test_custom_params_that_hold_no_settings(custom_params: Any) -> None:
+    """Any JSON value: stock SGLang serves a request that sends a string there, and so do we."""
+    req = request(custom_params=custom_params)
+    assert req.compression is CONFIG and req.to_finish is None
+
+
+def test_a_fault_of_ours_ends_that_request_and_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Any, override: Any) -> Any:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(KVCompressionConfig, "for_request", broken)
+    req = request(custom_params={"kv_compression": {}})
+    assert isinstance(req.to_finish, FINISH_ABORT)
+    assert req.to_finish.status_code == 500 and "ZeroDivisionError" in req.to_finish.message
+    assert "a fault of ours" in caplog.text and "Traceback" in caplog.text
+    assert request().to_finish is None
+
+
+def test_the_first_reason_stays() -> None:
+    """The prompt of a refused request is gone, so SGLang's check of logprob_start_len fails too."""
+    req = request(custom_params={"kv_compression": {"budget": -1}})
+    req.set_finish_with_abort("logprob_start_len is higher than the number of input tokens")
+    assert isinstance(req.to_finish, FINISH_ABORT)
+    assert req.to_finish.message.startswith("kv_compression.budget=-1: accepts ")

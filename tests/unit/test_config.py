@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lava_sglang.config import KVCompressionConfig, KVCompressionError
-from lava_sglang.methods import COMPETING_METHODS, METHOD_CHOICES, RAGGED_METHODS, UNIFORM_METHODS
+from lava_sglang.config import MAX_STEPS, KVCompressionConfig, KVCompressionError
+from lava_sglang.methods import (
+    COMPETING_METHODS,
+    METHOD_CHOICES,
+    METHODS,
+    RAGGED_METHODS,
+    UNIFORM_METHODS,
+)
 
 BUDGET_RANGE = (
     "a fraction of the suffix in (0, 1], or a whole number of tokens above window_size; "
@@ -425,3 +431,155 @@ def test_a_bad_budget_is_refused_also_where_compression_is_switched_off(
 ) -> None:
     (reason,) = request_reasons(server, {"enabled": False, "budget": -5})
     assert reason.startswith("kv_compression.budget=-5: accepts ")
+
+
+@pytest.mark.parametrize("typed", ["0.5,0.25", " 0.5, 0.25 ", [0.5, 0.25], (0.5, 0.25)])
+def test_a_ladder_may_be_sent_as_it_is_typed(typed: Any) -> None:
+    server = KVCompressionConfig(method="lava", budget=(1, 0.5))
+    assert server.for_request({"budget": typed}).budget == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [10**400, [10**400], -(10**400), [0.5] * (MAX_STEPS + 1), list(range(10**6)), "0.5,x"],
+    ids=["large", "list", "negative", "many", "very many", "text"],
+)
+def test_a_budget_that_no_pool_has_is_refused(server: KVCompressionConfig, budget: Any) -> None:
+    (reason,) = request_reasons(server, {"budget": budget})
+    assert reason.startswith("kv_compression.budget=") and BUDGET_RANGE in reason
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 10**6,
+        [[[[[1]]]]] * 1000,
+        {str(i): i for i in range(1000)},
+        10**5000,
+        "\ud800",
+        "\n\x00",
+    ],
+    ids=["long", "nested", "object", "digits", "surrogate", "control"],
+)
+@pytest.mark.parametrize("place", ["value", "key", "whole"])
+def test_what_is_echoed_is_short_and_printable(
+    server: KVCompressionConfig, value: Any, place: str
+) -> None:
+    if place == "key":
+        value = {str(value) if not isinstance(value, int) else "9" * 5000: 1}
+    found = request_reasons(server, {"budget": value} if place == "value" else value)
+    text = "; ".join(found)
+    assert text.isascii() and text.isprintable() and len(text) < 2000
+
+
+def test_a_server_goes_on_where_a_request_has_no_settings(server: KVCompressionConfig) -> None:
+    for custom_params in (None, {}, "x", [1], 5, True, {"thinking_budget": 3}, REQUEST_OF_NONE):
+        assert server.for_custom_params(custom_params) is server
+
+
+REQUEST_OF_NONE = {"kv_compression": None}
+
+
+@pytest.mark.parametrize("method", [m for m, t in METHODS.items() if not t.needs_queries])
+def test_a_server_that_compresses_answers_serves_methods_without_queries(method: str) -> None:
+    server = KVCompressionConfig(method="lava", decode_interval=128)
+    found = server.for_request({"method": method})
+    assert (found.method, found.decode_interval) == (method, None)
+    assert server.for_request({"budget": 0.5}).decode_interval == 128
+
+
+def test_a_server_with_a_ladder_says_what_streamingllm_needs() -> None:
+    server = KVCompressionConfig(method="lava", budget=(0.5, 0.25))
+    (reason,) = request_reasons(server, {"method": "streamingllm"})
+    assert reason.startswith("kv_compression.method='streamingllm': accepts it with one kv_comp")
+    assert server.for_request({"method": "streamingllm", "budget": 0.3}).budget == (0.3,)
+    assert not server.for_request({"enabled": False, "method": "streamingllm"}).enabled
+
+
+def servers() -> st.SearchStrategy[KVCompressionConfig]:
+    """Whatever an operator may have started."""
+    budgets = [(0.25,), (64.0,), (0.5, 0.25), (1.0, 0.5, 0.125), (900.0, 100.0)]
+
+    def make(values: dict[str, Any]) -> KVCompressionConfig | None:
+        try:
+            return KVCompressionConfig.parse(values)
+        except KVCompressionError:
+            return None
+
+    values = st.fixed_dictionaries(
+        {"method": st.sampled_from(METHOD_CHOICES[1:]), "budget": st.sampled_from(budgets)},
+        optional={
+            "window_size": st.integers(1, 63),
+            "decode_interval": st.integers(64, 256),
+            "head_floor": st.sampled_from([0.0, 0.3]),
+            "uniform_heads": st.booleans(),
+            "trigger": st.sampled_from(["always", "pressure"]),
+            "scope": st.sampled_from(["suffix", "prompt", "auto"]),
+        },
+    )
+    return values.map(make).filter(lambda made: made is not None)  # type: ignore[return-value]
+
+
+ODD = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.sampled_from([10**400, -(10**400), 2**63, -1, 0, 1]),
+        st.floats(),
+        st.text(st.characters(), max_size=8),
+        st.sampled_from(["\ud800", "0.5", "0.5,0.25", "nan,nan", ",", "x" * 5000]),
+    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=12,
+)
+
+SENT = st.fixed_dictionaries(
+    {},
+    optional={
+        "enabled": st.booleans() | ODD,
+        "method": st.sampled_from(METHOD_CHOICES) | ODD,
+        "budget": st.sampled_from([0.5, 1, 33, 64, [0.5, 0.25], [200, 100], "0.5,0.25"]) | ODD,
+        "bugdet": ODD,
+        "\ud800": ODD,
+    },
+)
+
+
+@settings(deadline=None, max_examples=500, derandomize=True)
+@given(server=servers(), custom_params=ODD | st.fixed_dictionaries({"kv_compression": SENT | ODD}))
+def test_any_json_is_settings_or_an_answer_about_what_was_sent(
+    server: KVCompressionConfig, custom_params: Any
+) -> None:
+    """The fuzzer of a request's settings: nothing but KVCompressionError leaves the check, and it
+    names no field that the request did not send."""
+    try:
+        found = server.for_custom_params(custom_params)
+    except KVCompressionError as error:
+        assert str(error).isascii() and len(str(error)) < 2000
+        sent = custom_params["kv_compression"]
+        for reason in error.reasons:
+            if not isinstance(sent, dict):
+                assert reason.startswith("kv_compression=")
+            else:
+                named = reason.removeprefix("kv_compression.").partition("=")[0]
+                assert named in sent or named == repr("\ud800") or "unknown field" in reason
+    else:
+        assert found.rungs(1000, 16) is not None and found.budget[0] > 0
+        sent = custom_params.get("kv_compression") if isinstance(custom_params, dict) else None
+        if not sent:
+            assert found == server
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(
+    server=servers(),
+    method=st.sampled_from([None, *METHOD_CHOICES[1:]]),
+    budget=st.sampled_from([None, 0.5, 1, 20, [0.5, 0.25]]),
+)
+def test_a_request_is_switched_off_on_every_server(
+    server: KVCompressionConfig, method: str | None, budget: Any
+) -> None:
+    others = {"method": method, "budget": budget}
+    sent = {name: value for name, value in others.items() if value is not None}
+    assert not server.for_request({"enabled": False, **sent}).enabled

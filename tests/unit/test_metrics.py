@@ -28,6 +28,7 @@ class Request:
     budget: int | None = None
     slots_freed: int = 0
     skip_reason: str | None = None
+    is_health_check: bool = False
 
     @property
     def compressed(self) -> bool:
