@@ -8,6 +8,7 @@ which imports this module: keep it light.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from typing import Any
@@ -17,7 +18,12 @@ from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.server_args import ServerArgs
 
-from lava_sglang.config import DECODE_BACKENDS, KVCompressionConfig, KVCompressionError
+from lava_sglang.config import (
+    DECODE_BACKENDS,
+    KVCompressionConfig,
+    KVCompressionError,
+    parse_budget,
+)
 from lava_sglang.methods import COMPETING_METHODS, METHOD_CHOICES, METHODS, RAGGED_METHODS
 
 logger = logging.getLogger(__name__)
@@ -27,13 +33,12 @@ _METHODS_HELP = "; ".join(f"{name}: {traits.help}" for name, traits in METHODS.i
 _HEAD_FLOOR_METHODS = ", ".join(COMPETING_METHODS)
 
 
-def parse_budget(text: str) -> Any:
-    """The option's text as a number or a list of them; as it is if it is neither, for its error."""
+def parse_config(text: str) -> Any:
+    """The option's JSON; its own error is about a function of Python's."""
     try:
-        rungs = [float(rung) for rung in text.split(",")]
-    except ValueError:
-        return text
-    return rungs if len(rungs) > 1 else rungs[0]
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: accepts a JSON object ({error})") from None
 
 
 class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
@@ -73,7 +78,7 @@ class LavaServerArgs(ServerArgs, dict=True):  # type: ignore[call-arg]
             "head of a layer does), head_floor (share of the layer's mean, 0 to 1, that every head "
             f"keeps at least; {_HEAD_FLOOR_METHODS}). "
             'Example: \'{"window_size": 32, "scope": "prompt"}\'',
-            type_parser=json.loads,
+            type_parser=parse_config,
         ),
         NS("memory"),
     ] = None
@@ -120,7 +125,11 @@ def config_of(server_args: Any) -> KVCompressionConfig:
     ]
     values = {**further, **{name: getattr(server_args, arg) for name, arg in _OPTIONS.items()}}
     try:
-        config = KVCompressionConfig.parse(values, _display)
+        config = KVCompressionConfig.parse(
+            values,
+            _display,
+            offered=[name for name in KVCompressionConfig.model_fields if name not in _OPTIONS],
+        )
     except KVCompressionError as error:
         raise KVCompressionError(error.reasons + reasons) from None
     if reasons:
@@ -148,6 +157,8 @@ def validate(server_args: Any, previous: Any) -> None:
         config = config_of(view)
     except KVCompressionError as error:
         reasons = error.reasons
+    if config is not None and not config.enabled:
+        _warn_of_idle_options(config)
     if config is None or config.enabled:
         from lava_sglang.integration import refusals
 
@@ -156,6 +167,12 @@ def validate(server_args: Any, previous: Any) -> None:
             reasons += refusals.flashinfer_reasons(config, view.device)
     if reasons:
         raise KVCompressionError(reasons, heading="KV compression cannot start")
+
+
+def _warn_of_idle_options(config: KVCompressionConfig) -> None:
+    idle = [_display(name) for name, value in config if value != getattr(_DEFAULTS, name)]
+    if idle:
+        logger.warning("Of no effect without --kv-compression METHOD: %s", ", ".join(idle))
 
 
 def choose_decode_backend(server_args: Any, previous: Any) -> None:

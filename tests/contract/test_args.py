@@ -26,7 +26,7 @@ from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.integration import plugin
 from lava_sglang.integration.args import LavaServerArgs, choose_decode_backend, config_of
 from lava_sglang.managers.scheduler import LavaScheduler
-from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
+from lava_sglang.methods import COMPETING_METHODS, RAGGED_METHODS, UNIFORM_METHODS
 
 pytestmark = pytest.mark.usefixtures("plugin_installed")
 
@@ -152,6 +152,12 @@ def test_the_settings_are_published(runtime_context: None) -> None:
     assert get_memory().kv_compression_budget == 0.25
 
 
+def test_help_names_the_methods_that_a_head_floor_is_for() -> None:
+    parser = argparse.ArgumentParser()
+    LavaServerArgs.add_cli_args(parser)
+    assert ", ".join(COMPETING_METHODS) in " ".join(parser.format_help().split())
+
+
 def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         prepare_server_args(["--help"])
@@ -265,6 +271,41 @@ def test_a_key_that_is_no_name_is_refused() -> None:
     args = LavaServerArgs(model_path="dummy", kv_compression_config={1: 2})
     with pytest.raises(KVCompressionError, match="--kv-compression-config 1=2"):
         config_of(args)
+
+
+def test_an_unknown_key_is_answered_with_those_that_belong_there() -> None:
+    """method, budget and min_tokens are options of their own, refused in the JSON."""
+    args = SimpleNamespace(**OPTIONS | {"kv_compression_config": {"windw_size": 16}})
+    with pytest.raises(KVCompressionError, match="windw_size=16: unknown field") as caught:
+        config_of(args)
+    offered = str(caught.value).partition("accepts ")[2].split(", ")
+    assert {*offered, "method", "budget", "min_tokens"} == set(KVCompressionConfig.model_fields)
+
+
+def test_a_config_that_is_no_json_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model-path", model, "--kv-compression-config", "{window_size: 16}"]
+    with pytest.raises(SystemExit):
+        prepare_server_args(options)
+    assert "--kv-compression-config: '{window_size: 16}': accepts a JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, ""),
+        ({"kv_compression_budget": 0.5}, "--kv-compression-budget"),
+        (
+            {"kv_compression_min_tokens": 9, "kv_compression_config": {"scope": "auto"}},
+            "--kv-compression-min-tokens, --kv-compression-config scope",
+        ),
+    ],
+)
+def test_settings_without_a_method_are_told_to_be_idle(
+    model: str, options: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    LavaServerArgs(model_path=model, device="cpu", **options).resolve_once()
+    told = [text for text in caplog.messages if "no effect without --kv-compression" in text]
+    assert told == ([f"Of no effect without --kv-compression METHOD: {named}"] if named else [])
 
 
 def test_a_budget_below_the_window_names_its_own_option() -> None:
