@@ -14,7 +14,6 @@ from lava_sglang import __version__
 from lava_sglang.config import KVCompressionError
 from lava_sglang.tools.demo.comparison import ComparisonSettings
 from lava_sglang.tools.inspection.settings import InspectionError, InspectionSettings
-from lava_sglang.tools.patching import add_patch_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_serve(commands)
     _add_demo_model(commands)
-    add_patch_command(commands)
     return parser
 
 

@@ -43,17 +43,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(
-        name in out for name in ("doctor", "demo-model", "patch", "demo", "inspect", "serve")
-    )
+    assert all(name in out for name in ("doctor", "demo-model", "demo", "inspect", "serve"))
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"lava-sglang {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["nonsense"], ["demo"], ["inspect"], ["patch"], ["demo-model"]]
-)
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo"], ["inspect"], ["demo-model"]])
 def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)

@@ -30,22 +30,14 @@ def test_kernels_by_their_root_name_are_refused(monkeypatch: pytest.MonkeyPatch)
         importlib.import_module("kernels.reference")
 
 
-def test_the_patch_series_is_package_data() -> None:
-    package = importlib.resources.files("lava_sglang")
-    folder = package.joinpath(f"patches/sglang-{SGLANG_VERSION}")
-    series = tomllib.loads(folder.joinpath("series.toml").read_text())
-    assert series["sglang_version"] == SGLANG_VERSION
-    assert series["patch"]
-    assert all(folder.joinpath(patch["file"]).is_file() for patch in series["patch"])
-
-
 def test_every_data_file_is_matched_by_the_package_data() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["lava_sglang"]
     package = ROOT / "lava_sglang"
     packed = {path for pattern in patterns for path in package.glob(pattern)}
-    series = package / "patches" / f"sglang-{SGLANG_VERSION}"
-    assert {package / "py.typed", *series.iterdir()} <= packed
+    patches = package / "patches"
+    series = [*(patches / f"sglang-{SGLANG_VERSION}").iterdir(), patches / "README.md"]
+    assert {package / "py.typed", *series} <= packed
 
 
 @pytest.mark.parametrize(
