@@ -30,7 +30,7 @@ venv:
 	docker/install.sh $(VENV) sglang,test,dev
 
 model: venv
-	$(BIN)/lava-sglang demo-model $(MODEL_DIR)
+	$(BIN)/python -m benchmarks.demo_model $(MODEL_DIR)
 
 demo: model
 	$(BIN)/lava-sglang demo --model-path $(MODEL_DIR) $(ARGS)

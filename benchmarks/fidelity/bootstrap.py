@@ -58,4 +58,5 @@ def geometric_ratio(
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), floor))
     others = np.log(np.maximum(np.asarray(reference, dtype=np.float64), floor))
     found = mean_difference(logs.tolist(), others.tolist())
-    return Estimate(*np.exp(found[:3]).tolist(), found.n)
+    value, low, high = np.exp(found[:3]).tolist()
+    return Estimate(value, low, high, found.n)

@@ -1,23 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of a chosen length cut from real texts, and what comes after them."""
+"""Prompts of a chosen length cut from real texts, and what comes after them.
+
+The text is a folder's, the Hugging Face hub's, or Python's own reference.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from texts import Row, Texts
+from lava_sglang.tools.passages import PassageError, python_topics
 
-from lava_sglang.tools.demo.passages import PassageError
-
-PLACE = "{text}"
-
+PG19 = "emozilla/pg19"  # deepmind/pg19 as Parquet, which needs no loading script
+LONGBENCH = "Xnhyacinth/LongBench"  # THUDM/LongBench as Parquet
+LONGBENCH_TASKS = ("qasper", "multifieldqa_en", "hotpotqa", "triviaqa", "trec", "lcc")
 # Tasks that LongBench itself asks without a chat template: few-shot lists and code.
 RAW_TASKS = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
+
+PLACE = "{text}"
 QUESTION = "Answer in several sentences, with all details that the text gives."
 SUMMARY = "Summarize the text in several sentences, with its details."
+
+
+class Row(NamedTuple):
+    """One LongBench example."""
+
+    task: str
+    id: str
+    context: str
+    question: str
+
+
+class Texts(NamedTuple):
+    books: dict[str, str]  # title -> text
+    rows: list[Row]
+
+
+def load_texts(source: str | None) -> Texts:
+    """Texts of `source`: a folder, "hub", or None for the chapters of Python's reference.
+
+    A folder is searched at any depth for .txt files, books, and .jsonl files, LongBench tasks.
+    Raises PassageError if it holds neither.
+    """
+    if source is None:
+        return Texts(python_topics(), [])
+    if source == "hub":
+        return _from_hub()
+    return _from_folder(Path(source))
+
+
+def _from_folder(folder: Path) -> Texts:
+    texts = sorted(folder.rglob("*.txt"))
+    books = {path.stem: path.read_text(encoding="utf-8") for path in texts}
+    rows = [row for path in sorted(folder.rglob("*.jsonl")) for row in _rows(path)]
+    if not books and not rows:
+        raise PassageError(f"{folder}: holds no .txt file and no .jsonl file")
+    return Texts(books, rows)
+
+
+def _rows(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_row(json.loads(line), path.stem) for line in lines if line.strip()]
+
+
+def _from_hub() -> Texts:
+    from datasets import load_dataset
+
+    books = {
+        book["short_book_title"]: book["text"]
+        for book in load_dataset(PG19, split="test", streaming=True)
+    }
+    rows = [
+        _row(row, task)
+        for task in LONGBENCH_TASKS
+        for row in load_dataset(LONGBENCH, task, split="test")
+    ]
+    return Texts(books, rows)
+
+
+def _row(row: dict[str, Any], task: str) -> Row:
+    return Row(task, str(row["_id"]), row["context"], row["input"])
 
 
 class Context(NamedTuple):

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from contexts import PLACE, Cutter
+from benchmarks.fidelity.contexts import PLACE, Cutter
 
 KINDS = ("digits3", "digits5", "digits10", "phrase")
 PHRASE_WORDS = 6

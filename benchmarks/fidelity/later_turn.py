@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from itertools import pairwise
+from typing import Any, NamedTuple, get_args
 
-from client import ServerClient
-from contexts import Cutter
-from continuation import continuation_logits
-from conversation import TURNS, Conversation, conversations
-from haystack import KINDS
-from later_turn_summary import AFTER, EVICTED, INSIDE, KEPT, as_json, table
-from needle_summary import FULL
-from options import (
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.fidelity.bootstrap import Estimate, mean
+from benchmarks.fidelity.contexts import PLACE, Cutter, load_texts
+from benchmarks.fidelity.haystack import DEPTH_BINS, KINDS, lead, needle, sentence_end
+from benchmarks.fidelity.methods import Variant, rows
+from benchmarks.fidelity.needle import score_answer
+from benchmarks.fidelity.options import (
     add_method_arguments,
     add_model_arguments,
     add_result_arguments,
@@ -32,21 +36,32 @@ from options import (
     variants_of,
     write_summary,
 )
-from results import Record, Results
-from rich.console import Console
-from rich.progress import track
-from texts import load_texts
-from trial import score_answer
-from variants import Variant, choose
-
+from benchmarks.fidelity.results import FULL, Record, Results
+from benchmarks.fidelity.server import ask, settings_of
 from lava_sglang.config import Scope
+from lava_sglang.tools.client import ServerClient
 from lava_sglang.tools.inspection.prefill import prefill
 from lava_sglang.tools.server_process import Server, machine_options
 
 REPLY_TOKENS = 24
 KEY_FIELDS = ("conversation", "scope", "turn", "method", "budget")
 
-Choice = tuple[str, float | None]
+INSIDE, AFTER = "inside the prompt", "after compression"
+KEPT, EVICTED = "next turn, tree kept", "next turn, tree evicted"
+PLACES_OF_THE_QUESTION = (INSIDE, AFTER, KEPT, EVICTED)
+
+Place = tuple[str, str, str | None]  # form, turn, scope
+Choice = tuple[str, float | None]  # method, budget
+
+DOCUMENT, CHAT = "document", "chat"
+TURNS = {DOCUMENT: 1, CHAT: 4}
+"""User messages with text, before the one with the question."""
+
+REQUESTS = {
+    DOCUMENT: "Summarize this text in one sentence.",
+    CHAT: "What do you think of this? Answer in one sentence.",
+}
+_REPLY = "{reply}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,9 +122,7 @@ class Dialogue:
         self.end_token = tokenizer.eos_token_id
         self.method = method
         self.budget = budget
-        self.settings = {"enabled": False}
-        if budget is not None:
-            self.settings = {"method": method, "budget": budget}
+        self.settings = settings_of(method, budget)
 
     def records(self) -> list[Record]:
         """The question inside the prompt, then as a next turn with the tree kept, then evicted."""
@@ -130,13 +143,13 @@ class Dialogue:
         history: list[int] = []
         for piece in self.conversation.pieces[:-1]:
             history = history + piece
-            reply = self.server.generate(history, REPLY_TOKENS, self.settings).output_ids
+            reply = ask(self.server, history, REPLY_TOKENS, self.settings).output_ids
             history = history + [token for token in reply if token != self.end_token]
         return history
 
     def _ask(self, turn: str, prompt: list[int]) -> Record:
         count = len(self.conversation.answer_ids) + 2
-        reply = self.server.generate(prompt, count, self.settings)
+        reply = ask(self.server, prompt, count, self.settings)
         return {
             "conversation": self.conversation.name,
             "form": self.conversation.form,
@@ -169,24 +182,22 @@ def _ask_after(
     ]
     if told is None or not missing:
         return
-    window_size = max(variant.method.config.window_size for variant, _ in missing)
+    window_size = max(variant.window_size for variant, _ in missing)
     exact = prefill(model, told["history"], window_size)
     fed = conversation.pieces[-1] + conversation.answer_ids[:-1]
-    for variant, budget in missing:
-        size = variant.kept_tokens(budget, exact.prompt_len)
-        logits = continuation_logits(model, exact, fed, choose(variant, exact, [size]))[0]
-        values = score_answer(logits, conversation.answer_ids)
+    for row in rows(model, exact, fed, missing, len(fed)):
+        values = score_answer(row.logits, conversation.answer_ids)
         results.add(
             {
                 "conversation": conversation.name,
                 "form": conversation.form,
                 "scope": None,
                 "turn": AFTER,
-                "method": variant.label,
-                "budget": budget,
+                "method": row.label,
+                "budget": row.budget,
                 "prompt_tokens": exact.prompt_len,
                 "cached_tokens": 0,
-                "compressed": size < exact.prompt_len,
+                "compressed": row.kept_tokens < exact.prompt_len,
                 "reason": "",
                 "exact_match": values["exact_match"],
             }
@@ -218,6 +229,116 @@ def _started(arguments: argparse.Namespace, scope: str) -> Iterator[ServerClient
         ServerClient(server.url) as client,
     ):
         yield client
+
+
+class Conversation(NamedTuple):
+    """What stands between the model's replies, as token ids in the model's chat format."""
+
+    name: str  # unique, the same for the same seed
+    form: str  # DOCUMENT or CHAT
+    pieces: list[list[int]]  # the last one holds the question and the beginning of its answer
+    single: list[int]  # the text and the question as one message: a prompt of its own
+    answer: str
+    answer_ids: list[int]
+
+
+def conversations(
+    cutter: Cutter, forms: Sequence[str], kinds: Sequence[str], lengths: Sequence[int], count: int
+) -> Iterator[Conversation]:
+    """`count` of every form; kinds of answers (haystack.KINDS) and lengths in turn.
+
+    lengths: tokens of the text with its fact and question, without the model's replies.
+    """
+    for number in range(count):
+        for form in forms:
+            kind = kinds[number % len(kinds)]
+            length = lengths[number // len(kinds) % len(lengths)]
+            yield _conversation(cutter, form, kind, length, number)
+
+
+def _conversation(cutter: Cutter, form: str, kind: str, length: int, number: int) -> Conversation:
+    source = needle(cutter, kind, length, number % DEPTH_BINS, number, distractors=0)
+    before, _ = cutter.around(PLACE)
+    text = source.tokens[len(before) : source.question_start]
+    turns = TURNS[form]
+    # Between sentences: a fact is in one turn.
+    cuts = [sentence_end(cutter, text, len(text) * turn // turns) for turn in range(1, turns)]
+    parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+    around = _around(cutter, form, source.key)
+    pieces = [around[2 * i] + part + around[2 * i + 1] for i, part in enumerate(parts)]
+    pieces.append(around[-1] + cutter.encode(lead(source.key)))
+    return Conversation(
+        name=f"{form}/{source.name}",
+        form=form,
+        pieces=pieces,
+        single=source.tokens[: source.answer_start],
+        answer=source.answer,
+        answer_ids=source.tokens[source.answer_start :],
+    )
+
+
+def _around(cutter: Cutter, form: str, key: str) -> list[list[int]]:
+    """Token ids before the first text, after it, before the next, ..., after the last reply."""
+    messages = []
+    for _ in range(TURNS[form]):
+        messages.append({"role": "user", "content": f"{PLACE}\n\n{REQUESTS[form]}"})
+        messages.append({"role": "assistant", "content": _REPLY})
+    messages.append({"role": "user", "content": f"What is the secret code of {key}?"})
+    chat = cutter.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    return [cutter.encode(part) for part in chat.replace(_REPLY, PLACE).split(PLACE)]
+
+
+def cells(records: Iterable[Record]) -> dict[Place, dict[Choice, Estimate]]:
+    """Exact match over all conversations, those that the exact cache fails included."""
+    found: dict[Place, dict[Choice, list[float]]] = {}
+    for record in records:
+        place = record["form"], record["turn"], record["scope"]
+        by_choice = found.setdefault(place, {})
+        choice = record["method"], record["budget"]
+        by_choice.setdefault(choice, []).append(record["exact_match"])
+    return {
+        place: {choice: mean(values) for choice, values in by_choice.items()}
+        for place, by_choice in sorted(found.items(), key=lambda item: _order(item[0]))
+    }
+
+
+def _order(place: Place) -> tuple[str, int, str]:
+    form, turn, scope = place
+    return form, PLACES_OF_THE_QUESTION.index(turn), scope or ""
+
+
+def table(records: Iterable[Record]) -> Table:
+    """One row for each place of the question, one column for each choice."""
+    by_place = cells(list(records))
+    choices = dict.fromkeys(choice for by_choice in by_place.values() for choice in by_choice)
+    shown = Table(title="Exact match", box=SIMPLE_HEAD)
+    for heading in ("", "question", "scope", "n"):
+        shown.add_column(heading)
+    for method, budget in choices:
+        shown.add_column("exact" if method == FULL else f"{method}\nb={budget:g}", justify="right")
+    for (form, turn, scope), by_choice in by_place.items():
+        count = max(estimate.n for estimate in by_choice.values())
+        values = [by_choice.get(choice) for choice in choices]
+        row = ["" if value is None else f"{value.value:.2f}" for value in values]
+        shown.add_row(form, turn, scope or "", str(count), *row)
+    return shown
+
+
+def as_json(records: Iterable[Record]) -> list[dict[str, Any]]:
+    return [
+        {
+            "form": form,
+            "turn": turn,
+            "scope": scope,
+            "method": method,
+            "budget": budget,
+            "exact_match": estimate._asdict(),
+        }
+        for (form, turn, scope), by_choice in cells(records).items()
+        for (method, budget), estimate in by_choice.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -5,25 +5,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from client import ServerClient
-from machine import commit, cpu_model
-from peers import PREFIX, parse_peers
-from results import Results
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging
-from variants import Contender, Variant, parse_budgets, parse_variants
 
+from benchmarks.fidelity import methods, peers
+from benchmarks.fidelity.methods import Row, Variant, parse_budgets, parse_variants
+from benchmarks.fidelity.peers import Peer, parse_peer
+from benchmarks.fidelity.results import Results
+from benchmarks.fidelity.server import check_scope
 from lava_sglang.methods import METHODS
-from lava_sglang.tools.inspection.prefill import load_model
+from lava_sglang.tools.client import ServerClient
+from lava_sglang.tools.inspection.prefill import Prefill, load_model
+from lava_sglang.tools.machine import commit, cpu_model
 
 BUDGETS = "64,128,256,512,0.25"
 
+Contender = Variant | Peer
 AnyContender = TypeVar("AnyContender", bound=Contender)
 
 
@@ -113,8 +116,8 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     """`--methods` of a run in process: ours and peers, in the order given."""
     found: list[Contender] = []
     for spec in arguments.methods:
-        if spec.partition(":")[0] == PREFIX:
-            found += parse_peers(spec, arguments.config)
+        if spec.partition(":")[0] == peers.PREFIX:
+            found.append(parse_peer(spec, arguments.config))
         else:
             found += parse_variants([spec], arguments.config, arguments.methods_from)
     return found
@@ -130,7 +133,7 @@ def pairs_of(
     pairs: list[tuple[AnyContender, float]] = []
     left_out: list[str] = []
     for contender in contenders:
-        window = contender.always_kept
+        window = contender.window_size
         low = [budget for budget in budgets if 1 < budget <= window]
         pairs += [(contender, budget) for budget in budgets if budget not in low]
         if low:
@@ -143,6 +146,21 @@ def pairs_of(
     for line in left_out:
         console.print(f"Left out: {line}", markup=False, highlight=False, soft_wrap=True)
     return pairs
+
+
+def all_rows(
+    model: Any,
+    exact: Prefill,
+    prompt: Sequence[int],
+    fed: Sequence[int],
+    pairs: Sequence[tuple[Contender, float]],
+    batch_tokens: int,
+) -> Iterator[Row]:
+    """As `methods.rows`: ours from the exact prefill, then the peers, which prefill themselves."""
+    ours = [(contender, b) for contender, b in pairs if isinstance(contender, Variant)]
+    theirs = [(contender, b) for contender, b in pairs if isinstance(contender, Peer)]
+    yield from methods.rows(model, exact, fed, ours, batch_tokens)
+    yield from peers.rows(model, prompt, fed, theirs)
 
 
 def server_variants_of(arguments: argparse.Namespace) -> list[Variant]:
@@ -161,7 +179,7 @@ def read_server_settings(arguments: argparse.Namespace) -> None:
     """Sets `arguments.server_settings`. Raises ValueError unless every prompt is compressed whole,
     whatever was sent before."""
     with ServerClient(arguments.server) as server:
-        server.check_scope("prompt")
+        check_scope(server, "prompt")
         arguments.server_settings = server.settings()
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 Record = dict[str, Any]
 
+FULL = "full"
+"""The method name of a record for the whole prompt, exact."""
+
 
 class ResultsError(ValueError):
     """The file belongs to another run."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of bench_serving.py: load, servers, measurement, report."""
+"""Throughput, latency and concurrency of servers: load, servers, measurement, report."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lava_sglang.tools.demo.load import LoadError
-from serving.workloads import Conversation, write_dataset
+from benchmarks.serving.workloads import Conversation, write_dataset
+from lava_sglang.tools.load import LoadError
 
 # -P: the folder of the script does not go in front of SGLang's imports.
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("recorded_generator.py")))

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
-
-from lava_sglang.tools.demo.load import peak_overlap
-from serving.generator import COMMAND, GeneratorResult, RequestTimes, Traffic, generate
-from serving.server_state import LoadSampler, ServerCounters
-from serving.targets import Target
-from serving.workloads import Conversation
+from benchmarks.serving.generator import COMMAND, GeneratorResult, RequestTimes, Traffic, generate
+from benchmarks.serving.server_state import LoadSampler, ServerCounters
+from benchmarks.serving.targets import Target
+from benchmarks.serving.workloads import Conversation
+from lava_sglang.tools.client import ServerClient
+from lava_sglang.tools.load import peak_overlap
 
 LATENCIES = ("ttft", "tpot", "itl")
 
@@ -103,7 +102,7 @@ def measure(
     command: Sequence[str] = COMMAND,
 ) -> Measurement:
     """Raises LoadError or httpx.HTTPError."""
-    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+    with ServerClient(url) as client:
         before = ServerCounters.read(client)
         with LoadSampler(client) as sampler:
             result = generate(url, load, traffic, seed, target.custom_params, command)
@@ -134,6 +133,5 @@ def latencies(result: GeneratorResult) -> dict[str, float]:
 
 def warm_up(url: str, conversation: Conversation) -> None:
     """A few tokens for the first turn of `conversation`, so that nothing is loaded later."""
-    body = {"model": "default", "messages": conversation[0], "max_tokens": 8, "temperature": 0}
-    with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-        client.post("/v1/chat/completions", json=body).raise_for_status()
+    with ServerClient(url) as client:
+        client.chat(conversation[0], max_tokens=8)

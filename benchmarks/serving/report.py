@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table and the plot of a comparison."""
+"""The table and the plot of a comparison: medians with their spread, ratios of paired runs."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from serving.measurement import Measurement
-from serving.ratios import Spread, Value, paired_ratio, spread
-from serving.workloads import LoadShape
+from benchmarks.serving.measurement import Measurement
+from benchmarks.serving.workloads import LoadShape
+
+Value = Callable[[Measurement], float | None]
 
 CAPTION = (
     "median (lowest - highest) over the repeats; ratios are taken repeat by repeat. A prefill's "
@@ -111,6 +113,42 @@ def plot(
     )
     figure.supxlabel(machine, fontsize=6)
     figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one value over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def spread(measurements: Sequence[Measurement], target: str, value: Value) -> Spread | None:
+    """None if the target has no such value in any repeat."""
+    found = [value(m) for m in measurements if m.target == target]
+    known = [number for number in found if number is not None]
+    return Spread.of(known) if known else None
+
+
+def paired_ratio(
+    measurements: Sequence[Measurement], target: str, baseline: str, value: Value
+) -> Spread | None:
+    """Of `target` over `baseline`, repeat by repeat; None if no repeat has both."""
+    by_repeat = {
+        name: {m.repeat: value(m) for m in measurements if m.target == name}
+        for name in (target, baseline)
+    }
+    ratios = []
+    for repeat, above in by_repeat[target].items():
+        below = by_repeat[baseline].get(repeat)
+        if above is not None and below:
+            ratios.append(above / below)
+    return Spread.of(ratios) if ratios else None
 
 
 def decoding_over_time(measurement: Measurement) -> tuple[list[float], list[int]]:

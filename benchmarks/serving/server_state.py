@@ -6,10 +6,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+
+from lava_sglang.tools.client import ServerClient
 
 RETRACTED = "sglang:num_retracted_requests_total"
 
@@ -30,8 +31,8 @@ class ServerCounters:
     compression: dict[str, int] | None
 
     @classmethod
-    def read(cls, client: httpx.Client) -> ServerCounters:
-        loads = read_loads(client)
+    def read(cls, client: ServerClient) -> ServerCounters:
+        loads = client.loads()
         moments = [load.get("decode_moments") or [0.0] * 6 for load in loads]
         count, b, t, bb, bt = (sum(moment[i] for moment in moments) for i in range(5))
         return cls(
@@ -66,7 +67,7 @@ class LoadSampler:
     The server answers from a snapshot in shared memory: its scheduler takes no notice.
     """
 
-    def __init__(self, client: httpx.Client, seconds: float = 0.5):
+    def __init__(self, client: ServerClient, seconds: float = 0.5):
         self.client = client
         self.seconds = seconds
         self.peak_running = 0  # requests
@@ -94,7 +95,7 @@ class LoadSampler:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                loads = read_loads(self.client)
+                loads = self.client.loads()
                 running, used, pool = (
                     sum(int(load[name]) for load in loads)
                     for name in ("num_running_reqs", "num_used_tokens", "max_total_num_tokens")
@@ -107,31 +108,18 @@ class LoadSampler:
             self._error = error
 
 
-def read_loads(client: httpx.Client) -> list[dict[str, Any]]:
-    """`/v1/loads`, one for each data-parallel rank."""
-    response = client.get("/v1/loads", params={"include": "core"}).raise_for_status()
-    loads: list[dict[str, Any]] = response.json()["loads"]
-    return loads
-
-
-def _retractions(client: httpx.Client) -> int | None:
-    response = client.get("/metrics", follow_redirects=True)
-    if response.is_error:
+def _retractions(client: ServerClient) -> int | None:
+    try:
+        samples = client.metrics()
+    except httpx.HTTPStatusError:
         return None
-    samples = [
-        sample
-        for family in text_string_to_metric_families(response.text)
-        for sample in family.samples
-    ]
     if not any(sample.name.startswith("sglang:") for sample in samples):
         return None  # SGLang makes the counter with its first value
     return int(sum(sample.value for sample in samples if sample.name == RETRACTED))
 
 
-def _compression(client: httpx.Client) -> dict[str, int] | None:
-    info = client.get("/server_info").raise_for_status().json()
-    found = [state.get("kv_compression_stats") for state in info.get("internal_states") or []]
-    stats = [each for each in found if each]
+def _compression(client: ServerClient) -> dict[str, int] | None:
+    stats = client.compression_stats()
     if not stats:
         return None
     totals = {"compressed": sum(each["requests"]["compressed"] for each in stats)}

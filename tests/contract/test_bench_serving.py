@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang's own load generator, driven by bench_serving.py, against a server of two at a time."""
+"""`python -m benchmarks.serving` drives SGLang's load generator, on a server of two at a time."""
 
 import json
 import sys
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_serving
 import pytest
-from serving.targets import OFF
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from lava_sglang.tools.demo.passages import python_topics
+from benchmarks.serving import __main__ as command
+from lava_sglang.tools.client import OFF
+from lava_sglang.tools.passages import python_topics
 from lava_sglang.tools.server_process import Server
 
 FAKE = (sys.executable, str(Path(__file__).parents[1] / "unit" / "fake_server.py"))
@@ -48,7 +48,7 @@ def test_a_chat_with_sglangs_generator(
     options = "--workload chat --turns 2 --requests 3 --prompt-tokens 120"
     options += f" --output-tokens {OUTPUT_TOKENS}"
     files = f"--model-path {tokenizer_dir} --json {out} --base-url off={url}"
-    bench_serving.main([*options.split(), *files.split(), "--repeats", "1"])
+    command.main([*options.split(), *files.split(), "--repeats", "1"])
     assert "requests decoding at once" in capsys.readouterr().out
     (run,) = json.loads(out.read_text())["runs"]
     requests: list[dict[str, Any]] = run["requests"]
@@ -65,6 +65,6 @@ def test_a_chat_with_sglangs_generator(
     # A turn brings its words and the answer before it: the parameters, then a word a token.
     lengths = sorted(request["prompt_tokens"] for request in requests)
     first, second = lengths[:3], lengths[3:]
-    answer = len(json.dumps(OFF).split()) + OUTPUT_TOKENS - 1
+    answer = len(json.dumps({"kv_compression": OFF}).split()) + OUTPUT_TOKENS - 1
     assert max(first) < min(second)
     assert sum(second) == pytest.approx(2 * sum(first) + 3 * answer, abs=12)

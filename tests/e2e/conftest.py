@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lava_sglang.tools.demo.model import write_demo_model
+from benchmarks.demo_model import write_demo_model
 from lava_sglang.tools.server_process import Server
 from tests.e2e.client import beam_of, generate_all
 from tests.e2e.prompts import cut, prose_tokens

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lava_sglang.tools.demo.load import measure_concurrency
+from lava_sglang.tools.load import measure_concurrency
 from lava_sglang.tools.server_process import Server
 from tests.e2e.client import assert_no_leak
 from tests.e2e.conftest import StartServer
@@ -30,9 +30,9 @@ def test_three_times_as_many_requests_decode_at_once(server: Server, tokens: lis
     peaks = {}
     for enabled in (False, True):
         server.flush_cache()
-        settings = {"kv_compression": {"enabled": enabled, "budget": BUDGET}}
+        settings = {"enabled": enabled, "budget": BUDGET}
         result = measure_concurrency(
-            server.url, prompts, custom_params=settings, max_new_tokens=24, ignore_eos=True
+            server.url, prompts, kv_compression=settings, max_new_tokens=24, ignore_eos=True
         )
         assert [trace.tokens for trace in result.responses] == [24] * len(prompts)
         peaks[enabled] = result.peak_decoding

@@ -34,22 +34,6 @@ prefill_us = 0
 health_polls = 0
 
 
-def whole_reply(body: dict[str, Any]) -> dict[str, Any]:
-    """Of a chat that is not streamed: a word, or with `return_meta_info` what `echo` says."""
-    if not body.get("return_meta_info"):
-        return {"message": {"content": "word"}}
-    text, meta = echo(body["messages"][0]["content"], body["custom_params"])
-    return {"message": {"content": text}, "meta_info": meta}
-
-
-def echo(prompt: str, custom_params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The prompt back if it is not compressed, else nothing of it; and what became of it."""
-    if custom_params["kv_compression"].get("enabled", True):
-        return "word", {"prompt_tokens": 20, "kv_compression": COMPRESSED}
-    skipped = {"status": "skipped", "reason": "disabled"}
-    return prompt, {"prompt_tokens": 20, "kv_compression": skipped}
-
-
 class Handler(BaseHTTPRequestHandler):
     options: argparse.Namespace
 
@@ -82,9 +66,8 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body: dict[str, Any]) -> None:
         """The first token id says how it goes: 400, 1 (an error event), 2 (an abort), or well."""
         global active
-        if not body.get("stream"):
-            text, meta = echo(body["text"], body["sampling_params"]["custom_params"])
-            return self.answer_json({"text": text, "meta_info": meta})
+        if not body.get("stream"):  # what was asked for comes back as the text
+            return self.answer_json({"text": json.dumps(body), "meta_info": {}})
         kind = body["input_ids"][0]
         if kind == 400:
             return self.answer(b'{"error": "too long"}', 400)
@@ -100,7 +83,9 @@ class Handler(BaseHTTPRequestHandler):
                 reason = {"type": "abort", "message": "aborted"} if kind == 2 else None
                 meta = {"completion_tokens": tokens, "num_retractions": 1, "finish_reason": reason}
                 if last:
-                    meta["kv_compression"] = sampling.get("custom_params", COMPRESSED)
+                    meta["kv_compression"] = (
+                        sampling.get("custom_params") or {"kv_compression": COMPRESSED}
+                    )["kv_compression"]
                 self.event({"text": "word " * tokens, "meta_info": meta})
                 time.sleep(STEP_SECONDS)
             active -= 1
@@ -110,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         """A token a step; what was sent comes back as the first word of the answer."""
         global active, prefill_us
         if not body.get("stream"):
-            return self.answer_json({"choices": [whole_reply(body)]})
+            return self.answer_json({"choices": [{"message": {"content": "word"}}]})
         self.send_response(200)
         self.end_headers()
         prompt = sum(len(message["content"].split()) for message in body["messages"])
@@ -142,10 +127,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def answer_json(self, value: dict[str, Any]) -> None:
-        self.answer(json.dumps(value).encode())
+        self.answer(json.dumps(value).encode(), kind="application/json")
 
-    def answer(self, body: bytes, status: int = 200) -> None:
+    def answer(self, body: bytes, status: int = 200, kind: str = "text/plain") -> None:
         self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

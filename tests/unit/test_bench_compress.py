@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The benchmark of a compression times what the server does."""
+
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks.kernels.compress import PREFILL, STEPS, TOTAL, CompressedPrompt, measure
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.tools.demo.passages import Prompt
+from lava_sglang.policy import keep
 from lava_sglang.tools.inspection.prefill import load_model, prefill
+from lava_sglang.tools.passages import Prompt
 from tests.unit.tiny_llama import HEAD_DIM, KV_HEADS, LAYERS, random_tokens, write_tiny_llama
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CONFIG = KVCompressionConfig(method="lava", budget=(0.5,), window_size=8)
 
 
 @pytest.mark.parametrize("method", ["lava", "adakv", "snapkv"])
-def test_the_timed_steps_write_what_keep_chooses(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from bench_compress import STEPS, CompressedPrompt
-
-    from lava_sglang.policy import keep
-
+def test_the_timed_steps_write_what_keep_chooses(method: str, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"method": method})
     done = prefill(load_model(write_tiny_llama(tmp_path)), random_tokens(50, seed=1), 8)
     prompt = CompressedPrompt(done, config)
@@ -36,10 +32,7 @@ def test_the_timed_steps_write_what_keep_chooses(
     assert torch.equal(tape, expected)
 
 
-def test_each_prompt_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from bench_compress import PREFILL, STEPS, TOTAL, measure
-
+def test_each_prompt_is_timed(tmp_path: Path) -> None:
     arguments = SimpleNamespace(
         model_path=write_tiny_llama(tmp_path), dtype="float32", device="cpu", load_format="auto",
         chunk_tokens=32, repeats=3,

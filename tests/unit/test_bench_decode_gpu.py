@@ -4,10 +4,11 @@
 import re
 from pathlib import Path
 
-import bench_decode_gpu
 import pytest
 import torch
-from decode_shape import Shape, uneven_offsets
+
+from benchmarks.kernels import decode_gpu
+from benchmarks.kernels.shape import Shape, uneven_offsets
 
 PROJECT = Path(__file__).parents[2]
 
@@ -15,16 +16,17 @@ PROJECT = Path(__file__).parents[2]
 @pytest.mark.parametrize("document", ["benchmarks/README.md", "docs/h100.md"])
 def test_the_documents_command_is_taken(document: str) -> None:
     text = (PROJECT / document).read_text()
-    (options,) = re.findall(r"^    \S*python benchmarks/bench_decode_gpu\.py (.+)$", text, re.M)
-    arguments = bench_decode_gpu._parser().parse_args(options.split())
+    command = r"^    \S*python -m benchmarks\.kernels\.decode_gpu (.+)$"
+    (options,) = re.findall(command, text, re.MULTILINE)
+    arguments = decode_gpu._parser().parse_args(options.split())
     assert (arguments.layers, arguments.kv_heads, arguments.head_dim) == (32, 8, 128)
     assert arguments.batch and arguments.context and arguments.rounds > 0
 
 
 def test_without_a_gpu_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"no GPU here; bench_decode.py measures the CPU's"):
-        bench_decode_gpu.main([])
+    with pytest.raises(SystemExit, match=r"decode_cpu measures the CPU's"):
+        decode_gpu.main([])
 
 
 @pytest.mark.parametrize(("heads", "budget"), [(1, 33), (3, 100), (8, 14272)])

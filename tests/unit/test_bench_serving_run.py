@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench_serving.py from its options to its JSON, with servers and runs that only take notes."""
+"""`python -m benchmarks.serving` from its options to its JSON; servers and runs take notes."""
 
 import json
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_serving
 import pytest
 import transformers
-from serving.generator import RequestTimes, Traffic, generator_options
-from serving.measurement import Measurement
-from serving.server_state import ServerCounters
 
+from benchmarks.serving import __main__ as command
+from benchmarks.serving.generator import RequestTimes, Traffic, generator_options
+from benchmarks.serving.measurement import Measurement
+from benchmarks.serving.server_state import ServerCounters
 from tests.unit.test_serving_workloads import Words
 
 LATENCIES = {f"{name}_{p}": 1.0 for name in ("ttft", "tpot", "itl") for p in ("p50", "p99")}
@@ -38,9 +38,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             target.name, repeat, seed, 2.0, requests, LATENCIES, counters, 1, 64, 2048
         )  # fmt: skip
 
-    monkeypatch.setattr(bench_serving, "Server", server)
-    monkeypatch.setattr(bench_serving, "measure", measure)
-    monkeypatch.setattr(bench_serving, "warm_up", lambda url, load: taken.append(f"warm up {url}"))
+    monkeypatch.setattr(command, "Server", server)
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command, "warm_up", lambda url, load: taken.append(f"warm up {url}"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: Words())
     return taken
 
@@ -50,7 +50,7 @@ def test_servers_take_turns_and_everything_is_written_down(
 ) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     options = "--model-path model --prompt-tokens 80 --requests 2 --compare stock lava@0.5 --seed 7"
-    bench_serving.main([*options.split(), "--json", str(out), "--plot", str(picture)])
+    command.main([*options.split(), "--json", str(out), "--plot", str(picture)])
     assert notes == [
         "start  {'SGLANG_PLUGINS': 'lava_cpu'}",
         "warm up http://1",
@@ -75,7 +75,7 @@ def test_servers_take_turns_and_everything_is_written_down(
 
 def test_running_servers_are_used(notes: list[str]) -> None:
     options = ["--model-path", "model", "--prompt-tokens", "80", "--repeats", "1", "--base-url"]
-    bench_serving.main([*options, "stock=http://a:1", "off=http://b:2/"])
+    command.main([*options, "stock=http://a:1", "off=http://b:2/"])
     assert notes == [
         "warm up http://a:1", "stock 0 seed 0", "warm up http://b:2", "off 0 seed 0",
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_bad_option_ends_it_with_a_sentence(
     notes: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        bench_serving.main(["--model-path", "model", *options])
+        command.main(["--model-path", "model", *options])
     assert stopped.value.code == 1 and message in capsys.readouterr().err
     assert notes == []
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,7 +15,6 @@ from lava_sglang import __version__
 from lava_sglang.integration import refusals
 from lava_sglang.integration.seams import SEAMS
 from lava_sglang.tools import cli, doctor, serve
-from lava_sglang.tools.demo import model as demo_model
 from lava_sglang.tools.demo import run as demo
 from lava_sglang.tools.demo.comparison import ComparisonSettings
 from lava_sglang.tools.server_process import ServerError
@@ -43,13 +41,13 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     out = capsys.readouterr().out
-    assert all(name in out for name in ("doctor", "demo-model", "demo", "inspect", "serve"))
+    assert all(name in out for name in ("doctor", "demo", "inspect", "plan", "serve"))
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"lava-sglang {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo"], ["inspect"], ["demo-model"]])
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["demo"], ["inspect"], ["serve"]])
 def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)
@@ -65,27 +63,13 @@ def test_the_command_loads_without_torch_and_sglang() -> None:
     assert (found.stdout.strip(), found.returncode) == ("[]", 0)
 
 
-def test_demo_model_writes_to_the_directory(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write(directory: Path, progress: Any) -> None:
-        progress(f"writing {directory}")
-        if directory.name == "full":
-            raise demo_model.DemoModelError("full is not empty")
-
-    monkeypatch.setattr(demo_model, "write_demo_model", write)
-    assert cli.main(["demo-model", "models/new"]) == 0
-    assert capsys.readouterr().out == "writing models/new\n"
-    assert cli.main(["demo-model", "models/full"]) == 1
-    assert capsys.readouterr().err == "lava-sglang demo-model: full is not empty\n"
-
-
 def test_demo_gets_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[ComparisonSettings] = []
-    monkeypatch.setattr(demo, "run", lambda settings, console: seen.append(settings))
+    seen: list[tuple[ComparisonSettings, Path | None]] = []
+    monkeypatch.setattr(demo, "run", lambda s, console, json_path: seen.append((s, json_path)))
     command = ["demo", "--model-path", "m", "--text-dir", "t", "--budget", "300", "--requests", "3"]
-    assert cli.main([*command, "--", "--page-size", "16"]) == 0
-    (settings,) = seen
+    assert cli.main([*command, "--json", "out.json", "--", "--page-size", "16"]) == 0
+    ((settings, json_path),) = seen
+    assert json_path == Path("out.json")
     assert settings == ComparisonSettings(
         model_path="m",
         text_dir=Path("t"),

@@ -2,6 +2,7 @@
 """The demo's prompts, its server's options, and what it prints."""
 
 import io
+import json
 import re
 import sys
 from functools import partial
@@ -14,8 +15,8 @@ from rich.console import Console
 from lava_sglang.tools.demo import run as demo
 from lava_sglang.tools.demo import screen
 from lava_sglang.tools.demo.comparison import Comparison, ComparisonSettings, server_options
-from lava_sglang.tools.demo.load import ConcurrencyResult, RequestTrace
-from lava_sglang.tools.demo.passages import (
+from lava_sglang.tools.load import ConcurrencyResult, RequestTrace
+from lava_sglang.tools.passages import (
     QUESTION,
     PassageError,
     Prompt,
@@ -138,13 +139,14 @@ def test_report_shows_answers_counts_and_both_peaks() -> None:
     skipped = {"status": "skipped", "reason": "no_room", "slots_freed": 0}
     responses = (trace(1, 2, "Red\n[bold]apples", kept), trace(1, 3, "Pears", skipped))
     both = Comparison(
+        settings(),
         compressed=ConcurrencyResult(6, 3000, 10.0, responses),
         exact=ConcurrencyResult(2, 4000, 20.0, responses),
     )
     console = Console(file=io.StringIO(), width=100)
     prompts = [Prompt("fruit", [1]), Prompt("more fruit", [2])]
     console.print(demo._answers(prompts, both))
-    console.print(demo._summary(settings(), both))
+    console.print(demo._summary(both))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert "1. fruit: 2,000 tokens, 24 shared with other prompts, 247 kept, 1,729 slots" in text
@@ -166,7 +168,7 @@ def test_the_demo_from_start_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(demo, "load_prompts", lambda settings: prompts)
     monkeypatch.setattr(screen, "LINE_SECONDS", 0.05)
     console = Console(file=io.StringIO(), width=100)
-    demo.run(settings(max_new_tokens=20), console)
+    demo.run(settings(max_new_tokens=20), console, tmp_path / "out.json")
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert re.search(r"^Starting the server, \d s: loading weights$", text, re.MULTILINE)
@@ -176,6 +178,10 @@ def test_the_demo_from_start_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert text.rstrip().endswith("The server is stopped.")
     assert "1.0 times as many requests" in text
     assert "1. text 0: 20 tokens, 5 kept, 15 slots freed" in text
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["machine"] and written["settings"]["requests"] == 3
+    assert written["ratio"] == 1 and written["on"]["peak_decoding"] == 2
+    assert [request["tokens"] for request in written["off"]["requests"]] == [20] * 3
 
 
 def test_a_file_gets_lines_of_its_width_now_and_then() -> None:

@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import divergence
-import needle
 import pytest
 import torch
-import trial
-from results import Results
 
+from benchmarks.fidelity import divergence, needle
+from benchmarks.fidelity.results import Results
 from lava_sglang.methods import METHODS
 
 SENTENCE = "The clerk of number {} wrote a letter, and nobody answered it. "
@@ -106,17 +104,17 @@ def test_needle_measures_both_questions(
         other = "after" if record["question"] == "inside" else "inside"
         if record["method"] == "full":
             assert full == pytest.approx(nll[record["needle"], other, "full", None], abs=1e-4)
-    monkeypatch.setattr(trial, "prefill", None)
+    monkeypatch.setattr(needle, "prefill", None)
     needle.main([*options, *run])
     assert records(tmp_path) == found
 
 
 def test_an_answer_is_scored_from_its_second_token() -> None:
     probabilities = torch.tensor([[0.1, 0.1, 0.8], [0.5, 0.3, 0.2], [0.25, 0.5, 0.25]])
-    found = trial.score_answer(probabilities.log(), [2, 0, 1])
+    found = needle.score_answer(probabilities.log(), [2, 0, 1])
     assert found == {"exact_match": 1.0, "nll": pytest.approx(0.6931472)}
-    assert trial.score_answer(probabilities.log(), [2, 0, 2])["exact_match"] == 0.0
-    assert trial.score_answer(probabilities.log(), [1, 0, 1])["exact_match"] == 1.0
+    assert needle.score_answer(probabilities.log(), [2, 0, 2])["exact_match"] == 0.0
+    assert needle.score_answer(probabilities.log(), [1, 0, 1])["exact_match"] == 1.0
 
 
 def test_bad_methods_and_budgets_are_named(

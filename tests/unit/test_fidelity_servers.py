@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import client
 import httpx
-import later_turn
-import needle
 import pytest
-from client import Reply, ServerClient
-from contexts import Cutter
-from conversation import CHAT, DOCUMENT, conversations
-from later_turn import Dialogue
-from later_turn_summary import AFTER, EVICTED, INSIDE, KEPT, cells
-from results import Results
-from texts import Texts
 
+from benchmarks.fidelity import later_turn, needle
+from benchmarks.fidelity.contexts import Cutter, Texts
+from benchmarks.fidelity.later_turn import (
+    AFTER,
+    CHAT,
+    DOCUMENT,
+    EVICTED,
+    INSIDE,
+    KEPT,
+    Dialogue,
+    cells,
+    conversations,
+)
+from benchmarks.fidelity.results import Results
+from benchmarks.fidelity.server import Reply, ask
+from lava_sglang.tools.client import ServerClient
 from tests.unit.tiny_llama import write_tiny_llama
 from tests.unit.tiny_tokenizer import tiny_tokenizer, write_tiny_tokenizer
 
@@ -35,6 +41,7 @@ class FakeServer:
         self.log: list[str] = []
         self.prompts: list[list[int]] = []
         self.settings: list[Mapping[str, Any]] = []
+        self.reason = ""  # why it compresses nothing
 
     def __enter__(self) -> "FakeServer":
         return self
@@ -43,7 +50,7 @@ class FakeServer:
 
     def generate(
         self, prompt: Sequence[int], max_new_tokens: int, kv_compression: Mapping[str, Any]
-    ) -> Reply:
+    ) -> dict[str, Any]:
         self.log.append("generate")
         self.prompts.append(list(prompt))
         self.settings.append(dict(kv_compression))
@@ -53,8 +60,11 @@ class FakeServer:
             key = text.rsplit(" of ", 1)[1].removesuffix(":")
             answer = text.split(f"The secret code of {key}: ")[1].split(".")[0]
         ids = TOKENIZER.encode(answer)
-        on = "enabled" not in kv_compression
-        return Reply(f" {answer}", [*ids, END], 0, on, 40 if on else len(prompt), "")
+        found = {"status": "compressed", "kept_tokens": 40}
+        if "enabled" in kv_compression or self.reason:
+            found = {"status": "skipped", "reason": self.reason or "disabled"}
+        meta = {"kv_compression": found, "cached_tokens": 0}
+        return {"text": f" {answer}", "output_ids": [*ids, END], "meta_info": meta}
 
     def flush_cache(self) -> None:
         self.log.append("flush")
@@ -155,7 +165,7 @@ def test_needles_on_a_server(
     assert all(record["exact_match"] == 1 for record in results)
     assert server.log == ["flush", "generate"] * 16
     assert {len(prompt) for prompt in server.prompts} == {900}
-    monkeypatch.setattr(server, "generate", lambda *_: Reply("", [], 900, False, 900, "too_short"))
+    server.reason = "too_short"
     with pytest.raises(RuntimeError, match="the server did not compress it: too_short"):
         needle.main([*options, *run, "--methods", "snapkv", "--results", str(path)])
 
@@ -178,45 +188,18 @@ def test_settings_of_methods_belong_to_the_server(
     assert server.log == []
 
 
-def answering(client_: ServerClient, handler: Any) -> None:
-    client_._http = httpx.Client(transport=httpx.MockTransport(handler), base_url="http://a")
-
-
-def test_the_client_reads_the_outcome_of_compression() -> None:
-    bodies: list[dict[str, Any]] = []
+def test_the_outcome_of_compression_is_read() -> None:
     outcome = {"status": "compressed", "kept_tokens": 33, "shared_prefix_tokens": 0}
 
     def handler(request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/server_info":
-            return httpx.Response(200, json={"kv_compression_config": {"scope": "prompt"}})
-        if request.url.path == "/flush_cache":
-            return httpx.Response(200)
-        bodies.append(json.loads(request.content))
         meta = {"kv_compression": outcome, "cached_tokens": 5}
         return httpx.Response(200, json={"text": "ok", "output_ids": [1], "meta_info": meta})
 
-    with client.ServerClient("http://a") as server:
-        answering(server, handler)
-        assert server.scope() == "prompt"
-        server.flush_cache()
-        reply = server.generate([1, 2, 3], 4, {"budget": 33})
-        assert reply == Reply("ok", [1], 5, True, 33, "")
+    with ServerClient("http://a", transport=httpx.MockTransport(handler)) as server:
+        assert ask(server, [1, 2, 3], 4, {"budget": 33}) == Reply("ok", [1], 5, True, 33, "")
         outcome.clear()
         outcome.update(status="skipped", reason="too_short")
-        assert server.generate([1, 2, 3], 4, {}) == Reply("ok", [1], 5, False, 3, "too_short")
-    assert bodies[0]["input_ids"] == [1, 2, 3]
-    assert bodies[0]["sampling_params"] == {
-        "temperature": 0,
-        "max_new_tokens": 4,
-        "custom_params": {"kv_compression": {"budget": 33}},
-    }
-
-
-def test_the_client_passes_on_what_the_server_says() -> None:
-    with client.ServerClient("http://a") as server:
-        answering(server, lambda _: httpx.Response(400, text="budget=-1: accepts"))
-        with pytest.raises(httpx.HTTPStatusError, match="/generate: 400 budget=-1: accepts"):
-            server.generate([1], 4, {"budget": -1})
+        assert ask(server, [1, 2, 3], 4, {}) == Reply("ok", [1], 5, False, 3, "too_short")
 
 
 def test_results_hold_no_history_but_of_the_exact_cache(cutter: Cutter) -> None:

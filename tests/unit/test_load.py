@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lava_sglang.tools.demo.load import (
+from lava_sglang.tools.load import (
     ConcurrencyResult,
     LoadError,
     LoadProgress,
@@ -91,7 +91,7 @@ def test_five_streams_on_a_server_that_decodes_two(url: str) -> None:
         seen.append((now.count("decoding"), now.used_slots))
 
     result = measure_concurrency(
-        url, [[9, 9]] * 5, max_new_tokens=20, on_progress=on_progress, custom_params={"a": 1}
+        url, [[9, 9]] * 5, max_new_tokens=20, on_progress=on_progress, kv_compression={"a": 1}
     )
     assert result.peak_decoding == 2
     assert result.peak_used_slots == 200

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from serving.generator import RequestTimes, request_times
-from serving.measurement import Measurement
-from serving.ratios import Spread, paired_ratio, spread
-from serving.report import decoding_over_time, plot, table
-from serving.server_state import ServerCounters
-from serving.workloads import LoadShape
 
-from lava_sglang.tools.demo.load import LoadError
+from benchmarks.serving.generator import RequestTimes, request_times
+from benchmarks.serving.measurement import Measurement
+from benchmarks.serving.report import Spread, decoding_over_time, paired_ratio, plot, spread, table
+from benchmarks.serving.server_state import ServerCounters
+from benchmarks.serving.workloads import LoadShape
+from lava_sglang.tools.load import LoadError
 
 LATENCIES = {f"{name}_{p}": 10.0 for name in ("ttft", "tpot", "itl") for p in ("p50", "p99")}
 SHAPE = LoadShape("unshared", 2, 100, 11)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_serving.py compares: the servers' options and the order of the runs."""
+"""What `python -m benchmarks.serving` compares: the servers' options and the order of the runs."""
 
 import pytest
-from serving.targets import OFF, Target, in_turn
 
+from benchmarks.serving.targets import Target, in_turn
 from lava_sglang.config import KVCompressionError
+from lava_sglang.tools.client import OFF
 
 
 def parse(*names: str) -> list[Target]:
@@ -22,7 +23,7 @@ def test_budgets_and_off_share_one_server() -> None:
     off, quarter, eighth = parse("off", "lava@0.25", "lava@0.125")
     assert off.server == quarter.server == eighth.server
     assert off.server.options == ("--kv-compression", "lava")
-    assert off.custom_params == OFF
+    assert off.custom_params == {"kv_compression": OFF}
     assert eighth.custom_params == {"kv_compression": {"budget": 0.125}}
 
 

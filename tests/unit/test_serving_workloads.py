@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conversations that bench_serving.py sends: their number, their lengths, what they share."""
+"""The conversations of a load: their number, their lengths, what they share."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.workloads import Conversation, LoadShape, conversations, write_dataset
 
-from lava_sglang.tools.demo.passages import PassageError
+from benchmarks.serving.workloads import Conversation, LoadShape, conversations, write_dataset
+from lava_sglang.tools.passages import PassageError
 
 LETTERS = "abcdefghij"
 TEXTS = {

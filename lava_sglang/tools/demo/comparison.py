@@ -7,14 +7,16 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.methods import METHOD_CHOICES
-from lava_sglang.tools.demo.load import ConcurrencyResult, LoadProgress, measure_concurrency
-from lava_sglang.tools.demo.passages import Prompt, long_prompts, python_topics, text_files
+from lava_sglang.tools.client import OFF
+from lava_sglang.tools.load import ConcurrencyResult, LoadProgress, measure_concurrency
+from lava_sglang.tools.machine import machine_line
+from lava_sglang.tools.passages import Prompt, long_prompts, python_topics, text_files
 from lava_sglang.tools.server_process import Server, machine_options
 
-OFF = {"kv_compression": {"enabled": False}}
 CHUNKED_PREFILL_SIZE = 1024
 
 
@@ -38,8 +40,8 @@ class ComparisonSettings:
         KVCompressionConfig.parse(values, "--{}".format)
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser, requests: int) -> None:
-        """One option per setting; `requests` is the default of theirs."""
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """One option per setting."""
         add = parser.add_argument
         add("--model-path", required=True, help="folder or Hugging Face model id")
         add("--text-dir", type=Path, help="take the texts from its .txt files (Python's own help)")
@@ -50,7 +52,7 @@ class ComparisonSettings:
             help="what to keep (%(default)s)",
         )
         add("--budget", type=float, default=0.125, help="part of the prompt to keep (%(default)s)")
-        add("--requests", type=int, default=requests, help="prompts sent at once (%(default)s)")
+        add("--requests", type=int, default=12, help="prompts sent at once (%(default)s)")
         add("--prompt-tokens", type=int, default=2000, help="tokens of each prompt (%(default)s)")
         add("--max-new-tokens", type=int, default=64, help="longest answer in tokens (%(default)s)")
         add("--slots", type=int, default=4096, help="size of the KV pool in tokens (%(default)s)")
@@ -72,6 +74,7 @@ class ComparisonSettings:
 class Comparison:
     """Both runs of the same prompts."""
 
+    settings: ComparisonSettings
     compressed: ConcurrencyResult
     exact: ConcurrencyResult
 
@@ -79,6 +82,17 @@ class Comparison:
     def ratio(self) -> float:
         """How many times as many requests decoded at once with compression."""
         return self.compressed.peak_decoding / max(self.exact.peak_decoding, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Settings, machine, and per run the peaks, seconds and the spans of all requests."""
+        settings = vars(self.settings)
+        return {
+            "settings": settings | {"text_dir": settings["text_dir"] and str(settings["text_dir"])},
+            "machine": machine_line(),
+            "ratio": self.ratio,
+            "off": _as_json(self.exact),
+            "on": _as_json(self.compressed),
+        }
 
 
 def server_options(settings: ComparisonSettings) -> list[str]:
@@ -117,7 +131,25 @@ def run_prompts(
     return measure_concurrency(
         server.url,
         [prompt.input_ids for prompt in prompts],
-        custom_params=None if compress else OFF,
+        kv_compression=None if compress else OFF,
         max_new_tokens=settings.max_new_tokens,
         on_progress=on_progress,
     )
+
+
+def _as_json(result: ConcurrencyResult) -> dict[str, Any]:
+    return {
+        "peak_decoding": result.peak_decoding,
+        "peak_used_slots": result.peak_used_slots,
+        "seconds": result.seconds,
+        "retractions": result.retractions,
+        "requests": [
+            {
+                "first_token": response.first_token,
+                "last_token": response.last_token,
+                "tokens": response.tokens,
+                "kv_compression": response.compression,
+            }
+            for response in result.responses
+        ],
+    }

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -15,16 +18,16 @@ from lava_sglang.tools.demo.comparison import (
     run_prompts,
     server_options,
 )
-from lava_sglang.tools.demo.load import ConcurrencyResult, LoadProgress, RequestTrace
-from lava_sglang.tools.demo.passages import QUESTION, Prompt
 from lava_sglang.tools.demo.screen import live
+from lava_sglang.tools.load import ConcurrencyResult, LoadProgress, RequestTrace
+from lava_sglang.tools.passages import QUESTION, Prompt
 from lava_sglang.tools.server_process import Server
 
 _STATE_STYLES = {"waiting": "dim", "decoding": "yellow", "done": "green"}
 
 
-def run(settings: ComparisonSettings, console: Console) -> None:
-    """Print the demo; the server is stopped at the end.
+def run(settings: ComparisonSettings, console: Console, json_path: Path | None = None) -> None:
+    """Print the demo, and write its numbers to `json_path`; the server is stopped at the end.
 
     Raises ServerError, LoadError or PassageError, with the server stopped too.
     """
@@ -40,15 +43,17 @@ def run(settings: ComparisonSettings, console: Console) -> None:
         compressed, exact = (
             _run(server, settings, prompts, compress, console) for compress in (True, False)
         )
-    comparison = Comparison(compressed, exact)
+    comparison = Comparison(settings, compressed, exact)
     console.print(f'\n[bold]Answers to "{QUESTION}"[/bold]')
     console.print(_answers(prompts, comparison))
     console.print("\n[bold]Summary[/bold]")
-    console.print(_summary(settings, comparison))
+    console.print(_summary(comparison))
     console.print(
         f"\n[bold]{comparison.ratio:.1f} times as many requests decoded at the same time "
         "with compression.[/bold] The server is stopped."
     )
+    if json_path is not None:
+        json_path.write_text(json.dumps(comparison.as_json(), indent=2) + "\n")
 
 
 def _start(settings: ComparisonSettings, console: Console) -> Server:
@@ -135,12 +140,12 @@ def _one_paragraph(request: RequestTrace) -> str:
     return " ".join(request.text.split()) + ("" if ended else " ...")
 
 
-def _summary(settings: ComparisonSettings, comparison: Comparison) -> RenderableType:
+def _summary(comparison: Comparison) -> RenderableType:
     both = (comparison.exact, comparison.compressed)
     freed = sum(r.compression.get("slots_freed", 0) for r in comparison.compressed.responses)
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for heading in ("without", settings.label):
+    for heading in ("without", comparison.settings.label):
         table.add_column(heading, justify="right")
     rows = {
         "requests decoding at once, peak (1)": [f"{r.peak_decoding:,}" for r in both],
@@ -154,8 +159,8 @@ def _summary(settings: ComparisonSettings, comparison: Comparison) -> Renderable
         table.add_row(name, *values)
     notes = Text(
         "(1) Exact: the overlap of the times from each answer's first to its last token.\n"
-        f"(2) Of {settings.slots:,}, read from the server every 0.2 s, as it stood after its last "
-        "forward pass.",
+        f"(2) Of {comparison.settings.slots:,}, read from the server every 0.2 s, as it stood "
+        "after its last forward pass.",
         style="dim",
     )
     return Group(table, notes)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compression loses: divergence, needles, later turns."""
