@@ -25,7 +25,7 @@ ROUNDING_MARGIN = 2e-3
 class Prefill:
     """One prompt of I tokens after a full forward pass; decodes read it and never change it.
 
-    L layers, H KV heads, Q query heads, D head dim, w window tokens; every tensor is float32.
+    L layers, H KV heads, Q query heads, D head dim, w window tokens; all in the dtype of the model.
     """
 
     input_ids: list[int]
@@ -141,12 +141,12 @@ AttentionInterface.register("keep_mask_oracle", _attention)
 
 
 class Oracle:
-    """A Llama-family model directory, float32 on the CPU; `tokenizer` is None if it has none."""
+    """A Llama-family model directory on the CPU; `tokenizer` is None if it has none."""
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="keep_mask_oracle",
             local_files_only=True,
         ).eval()

@@ -4,6 +4,7 @@
 At import, since test modules import SGLang at their top and it decides once on what it runs.
 """
 
+import json
 import os
 from collections.abc import Iterator
 
@@ -40,3 +41,23 @@ def runtime_context(plugin_installed: None) -> Iterator[None]:
     )
     yield
     reset_context()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model's description, which is all that resolving the arguments reads."""
+    directory = tmp_path_factory.mktemp("model")
+    description = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(description))
+    return str(directory)
