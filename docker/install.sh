@@ -64,9 +64,24 @@ if not any(plugin.dist.name == "lava-sglang" for plugin in plugins):
 PY
 }
 
+# A command that installs into the virtual environment: uv, which takes a fifth of pip's time for
+# SGLang's 11 GB, or pip where uv cannot be had. Both take the versions that pyproject.toml names.
+installer() {
+    if command -v uv >/dev/null; then
+        echo "uv pip install --python $python"
+    elif "$python" -m pip install --quiet uv >&2; then
+        echo "$python -m uv pip install --python $python"
+    else
+        echo "$python -m pip install"
+    fi
+}
+
 install() {
-    say "Installing $* with $python ($("$python" --version 2>&1))"
-    "$python" -m pip install "$@"
+    local command
+    read -ra command <<<"$1"
+    shift
+    say "${command[*]} $* ($("$python" --version 2>&1))"
+    "${command[@]}" "$@"
     check_plugin "$python"
 }
 
@@ -76,7 +91,7 @@ case "${1:-}" in
     extras=${3:-}
     is_new_enough "$python" || die "$python: not a Python >= 3.11, which SGLang needs"
     check_sglang "$python"
-    install "$root${extras:+[$extras]}"
+    install "$python -m pip install" "$root${extras:+[$extras]}"
     ;;
 "" | -*)
     die "usage: docker/install.sh VENV_DIR [EXTRAS] | docker/install.sh --into PYTHON [EXTRAS]"
@@ -97,7 +112,7 @@ case "${1:-}" in
         exit
     fi
     rm -f "$stamp"
-    install --editable "$root${extras:+[$extras]}"
+    install "$(installer)" --editable "$root${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
     ;;
 esac
