@@ -11,6 +11,16 @@ from triton.runtime import driver
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
+MAX_HEAD_DIM = 256
+
+
+def head_dim_reasons(head_dim: int) -> list[str]:
+    """What no kernel takes, one sentence."""
+    if head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM:
+        return []
+    return [f"head_dim={head_dim}: the kernels accept multiples of 16 up to {MAX_HEAD_DIM}"]
+
+
 def check_arena(arena: torch.Tensor) -> tuple[int, int, int, int]:
     """Assert the layout every kernel addresses by. Returns (num_layers, slots, H, D)."""
     assert arena.dim() == 5 and arena.shape[1] == 2, (
@@ -18,7 +28,7 @@ def check_arena(arena: torch.Tensor) -> tuple[int, int, int, int]:
     )
     assert arena.is_contiguous(), f"arena has strides {arena.stride()}, not contiguous"
     num_layers, _, slots, num_kv_heads, head_dim = arena.shape
-    assert head_dim % 16 == 0 and head_dim <= 256, f"head_dim={head_dim}: a multiple of 16 to 256"
+    assert not head_dim_reasons(head_dim), head_dim_reasons(head_dim)
     return num_layers, slots, num_kv_heads, head_dim
 
 

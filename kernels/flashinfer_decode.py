@@ -74,6 +74,21 @@ def shape_reasons(arena: torch.Tensor, num_qo_heads: int) -> list[str]:
     return reasons
 
 
+def fixed_bytes(num_layers: int, num_kv_heads: int, max_bs: int, device: torch.device | str) -> int:
+    """Bytes that `FlashInferDecode` takes besides its page list."""
+    wrappers = num_layers + 1
+    return FLOAT_WORKSPACE + wrappers * plan_bytes(max_bs * num_kv_heads, torch.device(device))
+
+
+def plan_bytes(max_rows: int, device: torch.device) -> int:
+    """Bytes of a wrapper's largest plan, for a batch of `max_rows` heads: up to 32 blocks on a
+    multiprocessor if heads are split, and ten int32 of each block."""
+    sms = 1
+    if device.type == "cuda":
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return 2**16 + 40 * (max_rows + 32 * sms)
+
+
 class FlashInferDecode:
     """FlashInfer's wrappers over one arena, and the page lists that they read.
 
@@ -230,11 +245,7 @@ class WrapperFactory:
 
     def __init__(self, wrapper: Any, workspace: torch.Tensor, tensor_cores: bool, max_rows: int):
         self.wrapper, self.workspace, self.tensor_cores = wrapper, workspace, tensor_cores
-        # Up to 32 blocks on a multiprocessor if heads are split, and ten int32 of each block.
-        sms = 1
-        if workspace.is_cuda:
-            sms = torch.cuda.get_device_properties(workspace.device).multi_processor_count
-        self.plan_bytes = 2**16 + 40 * (max_rows + 32 * sms)
+        self.plan_bytes = plan_bytes(max_rows, workspace.device)
 
     def __call__(self) -> Any:
         # The group sizes of FlashInfer's CUDA-core kernels are 1, 2, 3, 4, 6, 8, 16; from 4 up

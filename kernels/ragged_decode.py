@@ -24,6 +24,7 @@ from lava_sglang.kernels.arena import (
 from lava_sglang.kernels.reference import ragged_decode_ref
 
 LOG2E = 1.4426950408889634
+MAX_GROUP = 16  # query heads of a KV head: the rows of one tile
 MIN_SPLITS = 4
 MERGE_SPLITS = 16  # most partials per iteration of the merge
 
@@ -45,11 +46,13 @@ class DecodeWorkspace:
         num_programs: int | None = None,
         max_splits: int = 64,
         min_chunk: int = 128,
+        allocate: bool = True,
     ):
         """
         max_bs: largest batch. max_splits: most chunks of one head, a power of two from 4.
         num_programs: chunks wanted over the whole batch; default 4 for each multiprocessor.
         min_chunk: entries below which a head is not split further.
+        allocate: False for the size alone.
         """
         assert max_splits >= MIN_SPLITS and max_splits & (max_splits - 1) == 0, (
             f"max_splits={max_splits}: a power of two from {MIN_SPLITS} up"
@@ -64,8 +67,13 @@ class DecodeWorkspace:
         self.max_splits = max_splits
         self.min_chunk = min_chunk
         rows = max(bs * self.splits(bs) for bs in range(1, max_bs + 1)) * num_qo_heads
+        device = device if allocate else "meta"
         self.partial = torch.empty(rows * head_dim, dtype=torch.float32, device=device)
         self.lse = torch.empty(rows, dtype=torch.float32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.partial.nbytes + self.lse.nbytes
 
     def splits(self, bs: int) -> int:
         """Chunks that a head may have in a batch of `bs`: a constant of the captured graph.
@@ -74,6 +82,16 @@ class DecodeWorkspace:
         """
         share = triton.cdiv(4 * self.num_programs, bs * self.num_kv_heads)
         return min(self.max_splits, max(MIN_SPLITS, triton.next_power_of_2(share)))
+
+
+def shape_reasons(num_qo_heads: int, num_kv_heads: int) -> list[str]:
+    """What the kernel does not take of a model, one sentence each."""
+    if num_qo_heads % num_kv_heads:
+        return [f"{num_qo_heads} query heads over {num_kv_heads} KV heads: accepts a multiple"]
+    group = num_qo_heads // num_kv_heads
+    if group > MAX_GROUP:
+        return [f"{group} query heads per KV head: the decode kernel accepts up to {MAX_GROUP}"]
+    return []
 
 
 def ragged_decode(
@@ -143,7 +161,7 @@ def ragged_decode_triton(
     assert q.shape[2] == head_dim and q.stride()[1:] == (head_dim, 1), (q.shape, q.stride())
     assert q.dtype in (torch.float16, torch.bfloat16, torch.float32), q.dtype
     assert arena.dtype == q.dtype or arena.dtype.itemsize == 1, (arena.dtype, q.dtype)
-    assert num_qo_heads == group * num_kv_heads and group <= 16, (num_qo_heads, num_kv_heads)
+    assert not shape_reasons(num_qo_heads, num_kv_heads), (num_qo_heads, num_kv_heads)
     assert 0 <= layer < num_layers, f"layer={layer} of {num_layers}"
     assert 0 < bs <= workspace.max_bs, f"bs={bs}: the workspace holds {workspace.max_bs}"
     assert (workspace.num_qo_heads, workspace.head_dim) == (num_qo_heads, head_dim)

@@ -16,9 +16,11 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from lava_sglang.config import refuse
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
-from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
+from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode, shape_reasons
+from lava_sglang.mem_cache.memory_plan import largest_batch
 from lava_sglang.mem_cache.tape import TapeTable
 
 BatchTables = tuple[
@@ -59,6 +61,18 @@ class RaggedDecode:
         """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
         raise NotImplementedError
 
+    def refuse_keywords(self, keywords: dict[str, Any]) -> None:
+        """What a model hands to its attention beyond q, k and v changes the result.
+
+        Raises NotImplementedError; SGLang's own warm-up pass meets it before the server is ready.
+        Models hand over None for what a checkpoint does not have.
+        """
+        unknown = sorted(name for name, value in keywords.items() if value is not None)
+        if unknown:
+            raise NotImplementedError(
+                f"KV compression: attention with {', '.join(unknown)} is not supported"
+            )
+
     def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> BatchTables:
         """The kernel's view of the batch, in its order."""
         assert self.tape is not None
@@ -79,7 +93,7 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         super().__init__()
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = runner.token_to_kv_pool
-        self.max_bs = runner.req_to_token_pool.size
+        self.max_bs = largest_batch(runner.req_to_token_pool.size)
         self.tp_size = get_parallel().attn_tp_size
         self.num_qo_heads = runner.model_config.num_attention_heads // self.tp_size
 
@@ -100,6 +114,7 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
+        self.refuse_keywords(kwargs)
         return self.save_and_attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,10 +130,12 @@ class LavaAttnBackend(GpuRaggedDecode):
 
     def __init__(self, runner: Any):
         super().__init__(runner)
+        num_kv_heads = runner.model_config.get_num_kv_heads(self.tp_size)
+        refuse(shape_reasons(self.num_qo_heads, num_kv_heads))
         self.workspace = DecodeWorkspace(
             self.max_bs,
             self.num_qo_heads,
-            runner.model_config.get_num_kv_heads(self.tp_size),
+            num_kv_heads,
             runner.model_config.head_dim,
             runner.device,
         )
@@ -166,7 +183,9 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        self.refuse_keywords(kwargs)
         return self.save_and_attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
@@ -189,8 +208,10 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """q: [num_tokens, num_qo_heads * head_dim]. Returns the same shape."""
+        self.refuse_keywords(kwargs)
         self.save(layer, forward_batch, k, v, save_kv_cache)
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)

@@ -143,6 +143,7 @@ FEATURES = (
     Feature("enable_streaming_session", _set, "streaming sessions"),
     Feature("enable_session_radix_cache", _set, "the session radix cache"),
     Feature("kv_canary", lambda v: v != "none", "the KV canary"),
+    Feature("enable_deterministic_inference", _set, "deterministic inference"),
     Feature("cuda_graph_config", _full_prefill_graph, "full CUDA graphs for prefill"),
 )
 
@@ -177,15 +178,20 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    runner = scheduler.tp_worker.model_runner
     reasons = []
     if type(pool).__name__ != "LavaMHATokenToKVPool":
         reasons.append(f"KV pool {type(pool).__name__}: only SGLang's plain MHA pool is supported")
     elif pool.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"a KV cache of {pool.dtype} is not supported")
+    elif pool.dtype != runner.model_config.dtype:
+        reasons.append(
+            f"a KV cache of {pool.dtype} for a model of {runner.model_config.dtype} is not "
+            "supported: accepts --kv-cache-dtype auto"
+        )
     if not isinstance(scheduler.tree_cache, UnifiedRadixCache):
         name = type(scheduler.tree_cache).__name__
         reasons.append(f"prefix cache {name}: only UnifiedRadixCache is supported")
-    runner = scheduler.tp_worker.model_runner
     if runner.model_config.attention_chunk_size is not None:
         reasons.append("models with attention in chunks are not supported")
     if runner.model_config.model_is_mrope:
@@ -227,6 +233,9 @@ def model_reasons(model: Any) -> list[str]:
         reasons.append("models whose keys and values differ in size are not supported")
     if [layer.layer_id for layer in layers] != list(range(len(layers))):
         reasons.append("models whose attention layers share or skip KV entries are not supported")
+    sinks = ("sinks", "attention_sink_bias")
+    if any(getattr(module, name, None) is not None for module in model.modules() for name in sinks):
+        reasons.append("models with attention sinks are not supported")
     if not layers:
         reasons.append("the model has no attention layer of SGLang's RadixAttention")
     return reasons

@@ -69,6 +69,12 @@ CELL_SIZE = Seam(
     ("self", "kvc", "num_layers"),
     "bytes of a slot: a ladder's scores come out of the pool's memory, no subclass point",
 )
+POOL_SIZE = Seam(
+    "srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__",
+    "hook",
+    ("self", "kvc"),
+    "bytes beside the pool: our workspace and tables come out of its memory, no subclass point",
+)
 POSITIONS = Seam(
     "srt.model_executor.forward_batch_info.ForwardBatch.init_new",
     "hook",
@@ -99,6 +105,7 @@ SEAMS = (
     META_INFO,
     POOL,
     CELL_SIZE,
+    POOL_SIZE,
     ATTENTION,
     POSITIONS,
     PREFILL_LOG,
@@ -210,6 +217,19 @@ SEAMS = (
     Seam(f"{_SCHEDULER}.get_internal_state", "override", ("self", "recv_req"), "/server_info"),
     Seam(f"{_SCHEDULER}.on_idle", "override", ("self",), "gauges go back to zero"),
     Seam("srt.runtime_context.get_parallel", "call", (), "this process's ranks and replica"),
+    Seam("srt.runtime_context.get_schedule", "call", (), "how many requests may run"),
+    Seam(
+        "srt.utils.common.get_cuda_graph_max_batch_size",
+        "call",
+        ("max_batch_size",),
+        "captured batches are padded past that number",
+    ),
+    Seam(
+        "srt.utils.common.get_eager_max_batch_size",
+        "call",
+        ("max_batch_size",),
+        "and so are batches without a graph",
+    ),
     Seam(
         f"{_REQ}._compute_max_prefix_len",
         "override",

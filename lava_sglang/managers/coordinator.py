@@ -19,6 +19,7 @@ from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.managers.compressor import Compressor
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
+from lava_sglang.mem_cache.memory_plan import DECODE_QUERY_BYTES
 from lava_sglang.mem_cache.score_table import ScoreTable
 from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import CompressionStats
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 DEFERRED_WINDOW_BYTES = 512 * 2**20
 """Queries held for requests that are exact until slots are short; past it, they do not wait."""
-
-DECODE_QUERY_BYTES = 2 * 2**30
-"""Most that the queries of decode steps may take, of all requests."""
 
 
 class KVCompressionCoordinator:

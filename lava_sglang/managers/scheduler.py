@@ -19,11 +19,11 @@ from lava_sglang.attention.query_capture import (
 from lava_sglang.config import refuse
 from lava_sglang.integration import hooks, refusals, seams
 from lava_sglang.integration.args import config_of
-from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
+from lava_sglang.mem_cache import memory_plan
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.metrics import PrometheusSeries, running_totals
 
@@ -123,7 +123,10 @@ class LavaScheduler(Scheduler):
 
         def cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
             num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
-            return result + num_layers * num_kv_heads * SCORE_DTYPE.itemsize
+            return result + memory_plan.slot_bytes(coordinator.config, num_layers, num_kv_heads)
+
+        def pool_size(result: None, configurator: Any, kvc: Any) -> None:
+            configurator._fixed_overhead_bytes += memory_plan.fixed_bytes(coordinator.config, kvc)
 
         def prepare_decode(
             forward_batch: Any, cls: type, batch: Any, *args: Any, **kwargs: Any
@@ -142,8 +145,8 @@ class LavaScheduler(Scheduler):
 
         hooks.add(f"sglang.{seams.POOL.target}", arena_pool)
         hooks.add(f"sglang.{seams.ATTENTION.target}", capture)
-        if coordinator.config.has_ladder:
-            hooks.add(f"sglang.{seams.CELL_SIZE.target}", cell_size)
+        hooks.add(f"sglang.{seams.CELL_SIZE.target}", cell_size)
+        hooks.add(f"sglang.{seams.POOL_SIZE.target}", pool_size)
         hooks.add(f"sglang.{seams.POSITIONS.target}", prepare_decode)
         hooks.add(f"sglang.{seams.PREFILL_LOG.target}", add_log_parts)
         hooks.add(f"sglang.{seams.DECODE_LOG.target}", add_log_parts)

@@ -9,6 +9,8 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from lava_sglang.config import refuse
+from lava_sglang.kernels.arena import head_dim_reasons
 from lava_sglang.mem_cache.arena import create_arena, layer_views
 
 
@@ -21,10 +23,24 @@ class LavaMHATokenToKVPool(MHATokenToKVPool):
 
     arena: torch.Tensor
 
+    def _reasons(self) -> list[str]:
+        """Why the arena cannot be these buffers, one sentence each."""
+        reasons = [] if self.device == "cpu" else head_dim_reasons(self.head_dim)
+        if self.kv_cache_layout != "nhd":
+            reasons.append(
+                f"a KV pool laid out as {self.kv_cache_layout} is not supported: unset "
+                "SGLANG_USE_HND_KVCACHE and SGLANG_AITER_KV_CACHE_LAYOUT"
+            )
+        if self.head_dim != self.v_head_dim:
+            reasons.append(
+                f"keys of head_dim {self.head_dim} and values of {self.v_head_dim}: "
+                "accepts equal ones"
+            )
+        return reasons
+
     def _create_buffers_normal(self) -> None:
-        shape, v_shape = self._kv_buffer_shapes()
-        assert self.kv_cache_layout == "nhd" and shape == v_shape, (self.kv_cache_layout, v_shape)
-        rows, num_kv_heads, head_dim = shape
+        refuse(self._reasons())
+        rows, num_kv_heads, head_dim = self._kv_buffer_shapes()[0]
         padded = -(-rows // self.page_size) * self.page_size
         in_custom_pool = (
             torch.cuda.use_mem_pool(self.custom_mem_pool)

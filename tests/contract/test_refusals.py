@@ -18,14 +18,17 @@ from sglang.srt.model_executor.cuda_graph_config import (
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
-from lava_sglang.attention.backends import LavaCpuAttnBackend
+from lava_sglang.attention.backends import LavaAttnBackend, LavaCpuAttnBackend
 from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture
 from lava_sglang.config import KVCompressionConfig, KVCompressionError, refuse
 from lava_sglang.integration import hooks, plugin, refusals
 from lava_sglang.integration.args import LavaServerArgs
+from lava_sglang.kernels.ragged_decode import shape_reasons
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
 from tests.contract.engine import build_engine
+from tests.contract.resolving import start_reasons
 
 DEFAULTS = {
     field: getattr(LavaServerArgs(model_path="dummy"), field)
@@ -62,6 +65,7 @@ ON: dict[str, Any] = {
     "enable_streaming_session": True,
     "enable_session_radix_cache": True,
     "kv_canary": "log",
+    "enable_deterministic_inference": True,
     "cuda_graph_backend_prefill": "full",
     "cuda_graph_config": with_phase(default_cuda_graph_config(), Phase.PREFILL, backend="full"),
 }
@@ -210,6 +214,27 @@ def test_layers_that_share_their_entries_are_refused() -> None:
     assert "share or skip KV entries" in reason
 
 
+@pytest.mark.parametrize("name", ["sinks", "attention_sink_bias"])
+def test_attention_sinks_are_refused(name: str) -> None:
+    """Models have them beside their attention, and None where a checkpoint has none."""
+    block = nn.Module()
+    block.attn = attention()
+    setattr(block, name, None)
+    assert refusals.model_reasons(block) == []
+    setattr(block, name, nn.Parameter(torch.zeros(2)))
+    (reason,) = refusals.model_reasons(block)
+    assert "attention sinks" in reason
+
+
+@pytest.mark.parametrize("option", ["enable_deterministic_inference", "rl_on_policy_target"])
+def test_determinism_is_refused_by_name(model: str, option: str) -> None:
+    """A request's decode is summed in pieces that depend on its neighbours."""
+    value = {"rl_on_policy_target": "fsdp"}.get(option, True)
+    options = {"kv_compression": "lava", "attention_backend": "triton", option: value}
+    reasons = start_reasons(model, **options)
+    assert [reason for reason in reasons if "deterministic inference is not supported" in reason]
+
+
 def test_a_model_without_sglangs_attention_is_refused() -> None:
     (reason,) = refusals.model_reasons(model_of())
     assert "no attention layer" in reason
@@ -227,12 +252,14 @@ class TorchNativeAttnBackend:
 
 def scheduler_with(**changes: Any) -> Any:
     """Real pools and tree, and the parts of a model runner that are looked at."""
-    engine = build_engine(page_size=1, dtype=changes.pop("dtype", torch.float32))
+    dtype = changes.pop("dtype", torch.float32)
+    engine = build_engine(page_size=1, dtype=dtype)
     runner = SimpleNamespace(
         model_config=SimpleNamespace(
             model_is_mrope=changes.pop("mrope", False),
             is_encoder_decoder=changes.pop("encoder_decoder", False),
             attention_chunk_size=changes.pop("attention_chunk_size", None),
+            dtype=changes.pop("model_dtype", dtype),
         ),
         attn_backend=changes.pop("attn_backend", LavaTorchNativeAttnBackend()),
         model=model_of(attention()),
@@ -275,6 +302,10 @@ class OtherPool:
         ),
         ({"attention_chunk_size": 8192}, "chunk"),
         ({"dtype": torch.float8_e4m3fn}, "float8_e4m3fn"),
+        (
+            {"dtype": torch.bfloat16, "model_dtype": torch.float16},
+            "a KV cache of torch.bfloat16 for a model of torch.float16",
+        ),
     ],
     ids=[
         "pool",
@@ -285,6 +316,7 @@ class OtherPool:
         "hybrid backend",
         "attention chunks",
         "checkpoint with an fp8 cache",
+        "a cache of another dtype",
     ],
 )
 def test_what_sglang_built_is_refused_by_name(
@@ -346,3 +378,58 @@ def test_sglangs_own_pool_is_refused(runtime_context: None) -> None:
     pool.__class__ = MHATokenToKVPool
     (reason,) = refusals.scheduler_reasons(scheduler_with(allocator=allocator_of(pool)))
     assert reason == "KV pool MHATokenToKVPool: only SGLang's plain MHA pool is supported"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "cuda", "head_dim": 72, "v_head_dim": 72}, "head_dim=72: the kernels accept"),
+        ({"device": "cuda", "head_dim": 512, "v_head_dim": 512}, "head_dim=512: the kernels"),
+        ({"kv_cache_layout": "hnd"}, "laid out as hnd is not supported: unset SGLANG_USE_HND_KV"),
+        ({"kv_cache_layout": "vectorized_5d"}, "laid out as vectorized_5d is not supported"),
+        ({"v_head_dim": 32}, "keys of head_dim 64 and values of 32: accepts equal ones"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:18],
+)
+def test_a_pool_that_is_no_arena_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    pool = LavaMHATokenToKVPool.__new__(LavaMHATokenToKVPool)
+    plain = {"device": "cpu", "head_dim": 64, "v_head_dim": 64, "kv_cache_layout": "nhd"}
+    for name, value in {**plain, **changes}.items():
+        setattr(pool, name, value)
+    with pytest.raises(KVCompressionError) as caught:
+        pool._create_buffers_normal()
+    (reason,) = caught.value.reasons
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("heads", "words"),
+    [
+        ((48, 1), ["48 query heads per KV head: the decode kernel accepts up to 16"]),
+        ((6, 4), ["6 query heads over 4 KV heads: accepts a multiple"]),
+        ((16, 1), []),
+        ((64, 8), []),
+    ],
+)
+def test_head_counts_that_the_decode_kernel_does_not_take(
+    heads: tuple[int, int], words: list[str]
+) -> None:
+    assert shape_reasons(*heads) == words
+
+
+@pytest.mark.parametrize(
+    ("backend", "direction"),
+    [
+        (LavaAttnBackend, "forward_decode"),
+        (LavaCpuAttnBackend, "forward_decode"),
+        (LavaCpuAttnBackend, "forward_extend"),
+    ],
+)
+def test_what_attention_is_handed_beyond_its_rows_is_refused(backend: Any, direction: str) -> None:
+    """None is what a model hands over for what its checkpoint does not have."""
+    forward = getattr(backend.__new__(backend), direction)
+    rows: tuple[Any, ...] = (None, None, None, None, None)
+    with pytest.raises(NotImplementedError, match="attention with return_lse, sinks is not"):
+        forward(*rows, sinks=torch.zeros(2), return_lse=True, k_rope=None)
+    with pytest.raises(AttributeError):  # goes on, to the rows that are not there
+        forward(*rows, sinks=None)
