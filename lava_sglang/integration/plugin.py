@@ -35,9 +35,21 @@ def register() -> None:
     # Only where SGLang has the module anyway: naming a hook's target imports it.
     is_launcher = parent_process() is None
     if is_launcher or "sglang.srt.managers.tokenizer_manager" in sys.modules:
+        from lava_sglang.integration.request_check import (
+            check_generate,
+            check_openai,
+            refuse_settings,
+        )
         from lava_sglang.managers.output_streamer import set_info
 
         hooks.add(f"sglang.{seams.META_INFO.target}", set_info, HookType.AROUND)
+        hooks.add(f"sglang.{seams.GENERATE_CHECK.target}", check_generate, HookType.AROUND)
+        hooks.add(f"sglang.{seams.COMPLETION_CHECK.target}", check_openai, HookType.AROUND)
+        hooks.add(f"sglang.{seams.CHAT_CHECK.target}", check_openai, HookType.AROUND)
+        hooks.add(f"sglang.{seams.ANTHROPIC.target}", refuse_settings, HookType.AROUND)
+        hooks.add(f"sglang.{seams.OLLAMA_CHAT.target}", refuse_settings, HookType.AROUND)
+        hooks.add(f"sglang.{seams.OLLAMA_GENERATE.target}", refuse_settings, HookType.AROUND)
+        hooks.add(f"sglang.{seams.RESPONSES.target}", refuse_settings, HookType.AROUND)
     if "sglang.srt.managers.scheduler" in sys.modules:
         from lava_sglang.managers.scheduler import LavaScheduler
 

@@ -45,6 +45,44 @@ META_INFO = Seam(
     ("meta_info", "state", "key", "values"),
     "SGLang accumulates a list per key; ours is one object. No subclass point in 0.5.23",
 )
+GENERATE_CHECK = Seam(
+    "srt.entrypoints.api_contract.generate_contract_error",
+    "hook",
+    ("body",),
+    "the one check of a /generate body before its answer begins",
+)
+COMPLETION_CHECK = Seam(
+    "srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request",
+    "hook",
+    ("self", "request"),
+    "the same for a route of OpenAI's; SGLang builds these objects itself",
+)
+CHAT_CHECK = Seam(
+    "srt.entrypoints.openai.serving_chat.OpenAIServingChat._validate_request",
+    "hook",
+    ("self", "request"),
+    "the same",
+)
+_HANDLER = ("self", "request", "raw_request")
+_NO_SETTINGS = "a protocol without custom parameters: SGLang drops what it does not know"
+ANTHROPIC = Seam(
+    "srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages",
+    "hook",
+    _HANDLER,
+    _NO_SETTINGS,
+)
+OLLAMA_CHAT = Seam(
+    "srt.entrypoints.ollama.serving.OllamaServing.handle_chat", "hook", _HANDLER, _NO_SETTINGS
+)
+OLLAMA_GENERATE = Seam(
+    "srt.entrypoints.ollama.serving.OllamaServing.handle_generate", "hook", _HANDLER, _NO_SETTINGS
+)
+RESPONSES = Seam(
+    "srt.entrypoints.openai.serving_responses.OpenAIServingResponses.create_responses",
+    "hook",
+    _HANDLER,
+    _NO_SETTINGS,
+)
 ATTENTION = Seam(
     "srt.layers.attention.attention_registry.attn_backend_wrapper",
     "hook",
@@ -103,6 +141,13 @@ SEAMS = (
     VALIDATE,
     BACKEND,
     META_INFO,
+    GENERATE_CHECK,
+    COMPLETION_CHECK,
+    CHAT_CHECK,
+    ANTHROPIC,
+    OLLAMA_CHAT,
+    OLLAMA_GENERATE,
+    RESPONSES,
     POOL,
     CELL_SIZE,
     POOL_SIZE,

@@ -30,11 +30,19 @@ from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
 
-RUNTIME_HOOKS = (seams.POOL, seams.ATTENTION, seams.POSITIONS, seams.PREFILL_LOG, seams.DECODE_LOG)
+RUNTIME_HOOKS = (
+    seams.POOL,
+    seams.CELL_SIZE,
+    seams.POOL_SIZE,
+    seams.ATTENTION,
+    seams.POSITIONS,
+    seams.PREFILL_LOG,
+    seams.DECODE_LOG,
+)
 
 
 @pytest.fixture
-def scheduler(plugin_installed: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def scheduler(runtime_context: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A scheduler whose hooks are installed, and gone from this process after the test."""
     originals = {}
     for seam in RUNTIME_HOOKS:

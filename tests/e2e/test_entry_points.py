@@ -31,6 +31,15 @@ def main():
     params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     off = {**params, "custom_params": {"kv_compression": {"enabled": False}}}
     prompt = json.loads(sys.argv[2])
+    refused = []
+    for custom_params in ({"kv_compression": {"budget": -1}}, {"kv_compression": "x"}):
+        bad = {**params, "custom_params": custom_params}
+        try:
+            engine.generate(input_ids=prompt, sampling_params=bad)
+        except ValueError as error:
+            refused.append(str(error))
+    print("REFUSED", json.dumps(refused))
+    engine.generate(input_ids=prompt, sampling_params={**params, "custom_params": "x"})
     found = [engine.generate(input_ids=prompt, sampling_params=p) for p in (params, off)]
     print("FOUND", json.dumps([f["meta_info"]["kv_compression"] for f in found]))
     engine.shutdown()
@@ -142,3 +151,27 @@ def test_the_engine_takes_settings(engine: Engine) -> None:
     on, off = json.loads(lines[0].removeprefix("FOUND "))
     assert (on["method"], on["status"], on["kept_tokens"]) == ("lava", "compressed", 150)
     assert (off["status"], off["reason"]) == ("skipped", "disabled")
+    (refused,) = [line for line in output.splitlines() if line.startswith("REFUSED ")]
+    messages = json.loads(refused.removeprefix("REFUSED "))
+    assert ["accepts a fraction" in messages[0], "accepts an object" in messages[1]] == [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}),
+        ("/api/chat", {"messages": [{"role": "user", "content": "Hello"}], "stream": False}),
+        ("/api/generate", {"prompt": "Hello", "stream": False}),
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 4}),
+    ],
+)
+def test_routes_that_take_no_settings_say_so(
+    server: Server, route: str, body: dict[str, Any]
+) -> None:
+    """They would drop them, and compress a request that asked not to be."""
+    body = {"model": "demo", **body}
+    off = {"custom_params": {"kv_compression": {"enabled": False}}}
+    refused = httpx.post(server.url + route, json={**body, **off}, timeout=60)
+    assert refused.status_code == 400
+    assert f"{route} takes no settings, accepted by /generate" in refused.text
+    assert httpx.post(server.url + route, json=body, timeout=60).status_code == 200

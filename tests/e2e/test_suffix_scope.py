@@ -189,19 +189,20 @@ def test_bad_settings_end_their_request_only(
     server: Server, tokens: list[int], settings: dict[str, Any], message: str
 ) -> None:
     (prompt,) = cut(tokens, [120], 60_000)
-    sampling = {"max_new_tokens": 4, "custom_params": {"kv_compression": settings}}
-    body = {"input_ids": prompt, "sampling_params": sampling}
-    response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
-    assert response.status_code == 400
-    assert message in response.text
-    chat = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": "Hello"}],
-        "custom_params": {"kv_compression": settings},
-    }
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60)
-    assert response.status_code == 400
-    assert message.replace("'", "") in response.text.replace("'", "").replace('\\"', '"')
+    custom_params = {"kv_compression": settings}
+    one = {"max_new_tokens": 4, "custom_params": custom_params}
+    openai = {"model": "demo", "custom_params": custom_params}
+    bodies = [
+        ("/generate", {"input_ids": prompt, "sampling_params": one}),
+        ("/generate", {"text": ["a", "b"], "sampling_params": [{"max_new_tokens": 4}, one]}),
+        ("/v1/completions", {**openai, "prompt": "Hello"}),
+        ("/v1/chat/completions", {**openai, "messages": [{"role": "user", "content": "Hello"}]}),
+    ]
+    for stream in (False, True):
+        for route, body in bodies:
+            response = httpx.post(server.url + route, json={**body, "stream": stream}, timeout=60)
+            assert response.status_code == 400, (route, stream, response.text)
+            assert message.replace("'", "") in response.text.replace("'", "").replace('\\"', '"')
     assert len(generate(server.url, prompt, 4)["output_ids"]) == 4
 
 
