@@ -151,6 +151,11 @@ ENVIRONMENT = {
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "sizing the KV pool after graph capture",
     "SGLANG_RUST_SERVER": "the Rust server",
 }
+ENVIRONMENT_OFF = {
+    # SGLang's typed messages carry custom parameters of two levels; a request's ladder is a third,
+    # and ends the scheduler that decodes it.
+    "SGLANG_USE_PICKLE_IPC": "messages between processes without pickle",
+}
 
 
 def feature_reasons(view: Any) -> list[str]:
@@ -164,11 +169,16 @@ def feature_reasons(view: Any) -> list[str]:
 
 
 def environment_reasons(environ: Mapping[str, str]) -> list[str]:
-    """Variables that switch on what is not supported."""
+    """Variables that switch on what is not supported, or off what is needed."""
+    off = ("0", "false", "no", "n")
     return [
         f"{name} is not supported ({variable}={environ[variable]})"
         for variable, name in ENVIRONMENT.items()
-        if environ.get(variable, "").lower() not in ("", "0", "false", "no", "n")
+        if environ.get(variable, "").lower() not in ("", *off)
+    ] + [
+        f"{name} is not supported ({variable}={environ[variable]})"
+        for variable, name in ENVIRONMENT_OFF.items()
+        if environ.get(variable, "").lower() in off
     ]
 
 

@@ -123,7 +123,15 @@ def test_a_variable_that_sglang_reads_as_off_is_not_refused(
     assert refusals.feature_reasons(view_with()) == []
 
 
-@pytest.mark.parametrize("variable", refusals.ENVIRONMENT)
+@pytest.mark.parametrize("variable", refusals.ENVIRONMENT_OFF)
+def test_what_is_needed_may_not_be_switched_off(variable: str) -> None:
+    for value in ("", "1", "true"):
+        assert refusals.environment_reasons({variable: value}) == []
+    (reason,) = refusals.environment_reasons({variable: "0"})
+    assert reason.endswith(f"is not supported ({variable}=0)")
+
+
+@pytest.mark.parametrize("variable", {**refusals.ENVIRONMENT, **refusals.ENVIRONMENT_OFF})
 def test_the_variables_are_sglangs(variable: str) -> None:
     assert hasattr(envs, variable)
 
