@@ -137,14 +137,14 @@ class LavaPrefillAdder(PrefillAdder):
         if verdict is not AddReqResult.NO_TOKEN or self._took(req):
             return verdict
         if self._make_room(req):
-            return add()
-        if self._make_room_of_its_prefix(req):
+            verdict = add()
+        elif self._make_room_of_its_prefix(req):
             req.init_next_round_input(self.tree_cache)  # what the first copies left of it
             verdict = add()
             if not self._took(req):
                 self._match_nothing(req)
                 verdict = add()
-        elif self._pool_is_empty():
+        if verdict is AddReqResult.NO_TOKEN and not self._took(req) and self._pool_is_empty():
             req.set_finish_with_abort(self._why_it_never_fits(req))
             req.init_next_round_input(self.tree_cache)
             verdict = add()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.disaggregation.utils import DisaggregationMode
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, ScheduleBatch, retract_all
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
@@ -159,6 +159,36 @@ class Served(LavaScheduler):
         if batch is None:
             return None
         return "extend" if batch.forward_mode.is_extend() else "decode"
+
+    @property
+    def nothing_runs(self) -> bool:
+        batches = (self.running_batch, self.last_batch)
+        idle = all(batch is None or batch.is_empty() for batch in batches)
+        return idle and self.chunked_req is None and not self.result_queue
+
+    def pause(self) -> None:
+        """As `Scheduler.pause_generation` in mode "retract": all that runs is prefilled again."""
+        if self.overlap and self.last_batch:
+            self._process()
+        last = self.last_batch
+        retracted = [req for req in self.running_batch.reqs if not req.finished()]
+        if last is not None and last.forward_mode.is_extend():
+            retracted += [r for r in last.reqs if not r.finished() and r not in retracted]
+        if self.chunked_req is not None and self.chunked_req not in retracted:
+            retracted.append(self.chunked_req)
+        self.last_batch = None
+        retract_all(
+            reqs=retracted,
+            req_to_token_pool=self.req_to_token_pool,
+            token_to_kv_pool_allocator=self.token_to_kv_pool_allocator,
+            tree_cache=self.tree_cache,
+            hisparse_coordinator=None,
+        )
+        self.running_batch.reqs = []
+        for req in retracted:
+            self._add_request_to_queue(req)
+        self.running_batch.batch_is_full = False
+        self.chunked_req = None
 
     def serve(self, max_steps: int = 20_000, check: bool = False) -> None:
         """Until every request is answered. Raises AssertionError where nothing moves any more."""

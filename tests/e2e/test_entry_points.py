@@ -3,6 +3,7 @@
 the OpenAI routes, the frontend language, and `sgl.Engine`."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import httpx
 import pytest
 
 from lava_sglang.tools.server_process import Server
-from tests.e2e.client import generate, info
+from tests.e2e import request_fuzzer
+from tests.e2e.client import assert_no_leak, generate, info
 from tests.e2e.prompts import cut
 
 SGLANG = Path(sys.executable).with_name("sglang")
@@ -175,3 +177,14 @@ def test_routes_that_take_no_settings_say_so(
     assert refused.status_code == 400
     assert f"{route} takes no settings, accepted by /generate" in refused.text
     assert httpx.post(server.url + route, json=body, timeout=60).status_code == 200
+
+
+def test_no_settings_that_a_client_sends_hurt_the_server(server: Server, tokens: list[int]) -> None:
+    """More: LAVA_FUZZ_REQUESTS=5000 make test ARGS="tests/e2e -k hurt"."""
+    count = int(os.environ.get("LAVA_FUZZ_REQUESTS", "150"))
+    statuses = request_fuzzer.run(server.url, seed=1, count=count)
+    assert statuses[200] > count // 10 and statuses[400] > count // 10
+    (prompt,) = cut(tokens, [300], 95_000)
+    assert len(generate(server.url, prompt, 4)["output_ids"]) == 4
+    server.flush_cache()
+    assert_no_leak(server.url)
