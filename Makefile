@@ -10,12 +10,13 @@ ARGS ?=
 export PYTHON
 BIN := $(VENV)/bin
 
-.PHONY: help venv model demo serve test gpu kernels flashinfer lint
+.PHONY: help venv model demo serve test soak gpu kernels flashinfer lint
 
 help:
 	@echo 'make demo    serve long prompts with and without compression and compare'
 	@echo 'make serve   start a server with compression and leave it running (PORT=$(PORT))'
 	@echo 'make test    run all tests'
+	@echo 'make soak    an hour of mixed traffic: lost slots, dead servers, wrong answers'
 	@echo 'make gpu     run the kernels on this machine'"'"'s GPU against their references'
 	@echo 'make kernels compile every Triton kernel for four GPUs, print registers and spills'
 	@echo 'make flashinfer  compile the FlashInfer modules that decode_kernel=flashinfer uses (nvcc)'
@@ -44,6 +45,9 @@ test: venv
 
 gpu: venv
 	LAVA_TEST_DEVICE=cuda LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(or $(ARGS),tests/kernels/launched tests/gpu)
+
+soak: model
+	$(BIN)/python -m tests.e2e.soak --model-path $(MODEL_DIR) $(ARGS)
 
 kernels: venv
 	$(BIN)/python -m tests.kernels.aot $(ARGS)

@@ -11,7 +11,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def main() -> None:
     console.print(machine_line())
     if arguments.json is not None:
         numbers = {
-            scope: {kind: asdict(one) for kind, one in outcomes.items()}
+            scope: {kind: vars(one) for kind, one in outcomes.items()}
             for scope, outcomes in found.items()
         }
         arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")

@@ -147,7 +147,7 @@ class KVCompressionConfig(BaseModel):
     sink_tokens: int = Field(default=4, ge=0)
     # suffix: a prefix matched in the radix tree stays exact and shared. prompt: all is compressed.
     # auto: a prefix stays exact if others use it.
-    scope: Scope = "suffix"
+    scope: Scope = "auto"
     # always: compressed when prefilled. pressure: exact until slots are short.
     trigger: Trigger = "always"
     # A compressed request's answer longer than this many tokens is compressed too, again and again.

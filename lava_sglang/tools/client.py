@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from lava_sglang.config import KVCompressionConfig
+
 if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
@@ -129,7 +131,7 @@ class ServerClient:
     def scope(self) -> str:
         """What the server compresses: "suffix", "prompt" or "auto"."""
         config = self.settings()["kv_compression_config"] or {}
-        return str(config.get("scope", "suffix"))
+        return str(config.get("scope", KVCompressionConfig().scope))
 
     def loads(self) -> list[dict[str, Any]]:
         """`/v1/loads`, one for each data-parallel replica."""

@@ -45,7 +45,7 @@ QUERY_HEADS = 6
 HEAD_DIM = 4
 SCALING = 0.01
 CONFIG = KVCompressionConfig(
-    method="streamingllm", budget=0.25, min_tokens=16, window_size=4, sink_tokens=2
+    method="streamingllm", min_tokens=16, window_size=4, sink_tokens=2, scope="suffix"
 )
 
 

@@ -262,7 +262,7 @@ def test_a_config_that_is_no_json_is_named(model: str, capsys: pytest.CaptureFix
         ({}, ""),
         ({"kv_compression_budget": 0.5}, "--kv-compression-budget"),
         (
-            {"kv_compression_min_tokens": 9, "kv_compression_config": {"scope": "auto"}},
+            {"kv_compression_min_tokens": 9, "kv_compression_config": {"scope": "prompt"}},
             "--kv-compression-min-tokens, --kv-compression-config scope",
         ),
     ],

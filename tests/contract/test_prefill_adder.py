@@ -14,7 +14,9 @@ from tests.contract.engine import Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
-CONFIG = KVCompressionConfig(method="streamingllm", budget=0.25, min_tokens=16, window_size=4)
+CONFIG = KVCompressionConfig(
+    method="streamingllm", budget=0.25, min_tokens=16, window_size=4, scope="suffix"
+)
 OFF = CONFIG.model_copy(update={"method": "none"})
 
 

@@ -15,7 +15,9 @@ from lava_sglang.metrics import CompressionStats
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
-CONFIG = KVCompressionConfig(method="snapkv", budget=0.25, min_tokens=100, window_size=32)
+CONFIG = KVCompressionConfig(
+    method="snapkv", budget=0.25, min_tokens=100, window_size=32, scope="suffix"
+)
 
 
 def request(

@@ -18,7 +18,7 @@ from lava_sglang.metrics import StreamTimer
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
-CONFIG = KVCompressionConfig(method="random", min_tokens=10)
+CONFIG = KVCompressionConfig(method="random", min_tokens=10, scope="suffix")
 
 
 def stock() -> Any:

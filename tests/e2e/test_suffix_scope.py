@@ -35,6 +35,7 @@ METHODS = list(KEEP)
 def server(start_server: StartServer) -> Iterator[Server]:
     with start_server(
         *("--kv-compression", "lava", "--kv-compression-min-tokens", "100"),
+        *("--kv-compression-config", '{"scope": "suffix"}'),
         *("--max-total-tokens", "24576", "--chunked-prefill-size", "512"),
     ) as running:
         yield running

@@ -82,7 +82,7 @@ def test_the_defaults_are_valid_and_off() -> None:
     config = KVCompressionConfig.parse({})
     assert config == KVCompressionConfig()
     assert (config.method, config.budget, config.enabled) == ("none", (0.25,), False)
-    assert (config.window_size, config.pool_width, config.scope) == (32, 7, "suffix")
+    assert (config.window_size, config.pool_width, config.scope) == (32, 7, "auto")
 
 
 @pytest.mark.parametrize(("field", "value", "accepted"), BAD_VALUES)
