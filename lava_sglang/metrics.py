@@ -18,7 +18,7 @@ class CompressionStats:
     """Totals of one scheduler since its start. A retracted request counts at each prefill, one
     that is compressed later twice: with the reason it was exact at first, and as compressed."""
 
-    def __init__(self) -> None:
+    def __init__(self, prometheus: PrometheusSeries | None = None) -> None:
         self.requests: Counter[str] = Counter()  # "compressed", or the reason it was skipped
         self.prompt_tokens = 0  # of compressed requests
         self.suffix_tokens = 0
@@ -26,7 +26,7 @@ class CompressionStats:
         self.slots_freed = 0
         self.trims = 0  # steps down a ladder
         self.slots_trimmed = 0
-        self.prometheus: PrometheusSeries | None = None
+        self.prometheus = prometheus
 
     def count(self, req: LavaReq) -> None:
         """Called once a request's prefill has been launched."""

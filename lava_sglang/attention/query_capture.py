@@ -3,17 +3,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from lava_sglang.attention.backends import LavaAttnBackend, LavaCpuAttnBackend, RaggedDecode
+from lava_sglang.attention.device_state import DeviceState
 from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.window import DecodeQueries, WindowCapture
-from lava_sglang.config import DECODE_BACKENDS
+from lava_sglang.config import DECODE_BACKENDS, KVCompressionConfig
 from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.mem_cache.tape import TapeTable
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class AttentionHook:
+    """AFTER hook on `attn_backend_wrapper`, the one place that every backend passes."""
+
+    def __init__(self, config: KVCompressionConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self, backend: AttentionBackend, runner: ModelRunner, full_attn_backend: AttentionBackend
+    ) -> AttentionBackend:
+        """The backend, which from now on hands over its queries and knows the tape. Puts the tables
+        on the runner, as `runner.kv_compression`, when its first backend comes by."""
+        if not hasattr(runner, "kv_compression"):
+            runner.kv_compression = DeviceState(self.config, runner)
+        state: DeviceState = runner.kv_compression
+        attach_tape(backend, state.tape)
+        if state.decode_queries is not None:
+            capture_decode_queries(backend, state.decode_queries)
+        return capture_queries(backend, state.capture)
 
 
 def register_backends() -> None:
@@ -39,7 +65,7 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
     graph is replayed. A HybridAttnBackend calls its prefill backend's `forward` itself, so that
     one is given the subclass.
     """
-    if type(backend).__name__ == "HybridAttnBackend":
+    if isinstance(backend, HybridAttnBackend):
         capture_queries(backend.prefill_backend, capture)
         return backend
     base = type(backend)
@@ -59,7 +85,7 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
 
 def capture_decode_queries(backend: Any, stash: DecodeQueries) -> None:
     """Give `backend`, or its decode part, a subclass that stashes decode queries. Mutates it."""
-    if type(backend).__name__ == "HybridAttnBackend":
+    if isinstance(backend, HybridAttnBackend):
         backend = backend.decode_backend
     base = type(backend)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts our classes and hooks into SGLang. The whole list of places is `seams.py`.
+"""Puts our classes and hooks into SGLang: all of them are listed here, each stands beside what it
+installs, and why it is needed is in `seams.py`.
 
 `register` is what SGLang's loader calls in every process, before options are parsed: it adds the
-options and puts the scheduler in place. A scheduler that compresses adds its own hooks
-(`managers/scheduler.py`). SGLang logs and swallows what a plugin raises, so `install` checks and
+options and puts the scheduler in place. A scheduler that compresses calls `install_in_scheduler`
+before it builds anything. SGLang logs and swallows what a plugin raises, so `install` checks and
 raises in our own code path: when the server arguments are unpickled in a child process.
 """
 
@@ -11,10 +12,14 @@ from __future__ import annotations
 
 import sys
 from multiprocessing import parent_process
+from typing import TYPE_CHECKING
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from lava_sglang.integration import hooks, seams
+
+if TYPE_CHECKING:
+    from lava_sglang.integration.scheduler import LavaScheduler
 
 
 def register() -> None:
@@ -51,9 +56,30 @@ def register() -> None:
         hooks.add(f"sglang.{seams.OLLAMA_GENERATE.target}", refuse_settings, HookType.AROUND)
         hooks.add(f"sglang.{seams.RESPONSES.target}", refuse_settings, HookType.AROUND)
     if "sglang.srt.managers.scheduler" in sys.modules:
-        from lava_sglang.managers.scheduler import LavaScheduler
+        from lava_sglang.integration.scheduler import LavaScheduler
 
+        LavaScheduler.install_hooks = install_in_scheduler
         hooks.add("sglang.srt.managers.scheduler.Scheduler", LavaScheduler, HookType.REPLACE)
+
+
+def install_in_scheduler(scheduler: LavaScheduler) -> None:
+    """Raises KVCompressionError with every hook that did not take and every place that differs."""
+    from lava_sglang.attention.positions import shift_positions
+    from lava_sglang.attention.query_capture import AttentionHook, register_backends
+    from lava_sglang.mem_cache.memory_plan import MemoryPlan
+    from lava_sglang.mem_cache.pool import use_arena_pool
+
+    register_backends()
+    config = scheduler.kv_compression_config
+    plan = MemoryPlan(config)
+    hooks.add(f"sglang.{seams.POOL.target}", use_arena_pool)
+    hooks.add(f"sglang.{seams.CELL_SIZE.target}", plan.add_slot_bytes)
+    hooks.add(f"sglang.{seams.POOL_SIZE.target}", plan.add_fixed_bytes)
+    hooks.add(f"sglang.{seams.ATTENTION.target}", AttentionHook(config))
+    hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
+    hooks.add(f"sglang.{seams.PREFILL_LOG.target}", scheduler.add_log_parts)
+    hooks.add(f"sglang.{seams.DECODE_LOG.target}", scheduler.add_log_parts)
+    hooks.apply(check_seams=True)
 
 
 def install() -> None:

@@ -187,11 +187,13 @@ def scheduler_reasons(scheduler: Any) -> list[str]:
     import torch
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+    from lava_sglang.mem_cache.pool import pool_reasons
+
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     runner = scheduler.tp_worker.model_runner
-    reasons = []
-    if type(pool).__name__ != "LavaMHATokenToKVPool":
-        reasons.append(f"KV pool {type(pool).__name__}: only SGLang's plain MHA pool is supported")
+    reasons = pool_reasons(pool)
+    if reasons:
+        pass
     elif pool.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"a KV cache of {pool.dtype} is not supported")
     elif pool.dtype != runner.model_config.dtype:

@@ -7,26 +7,25 @@ Everything is known on the host but which entries are kept, so nothing is read b
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lava_sglang.attention.layers import attention_layers
+from lava_sglang.attention.device_state import DeviceState
 from lava_sglang.attention.window import DecodeQueries
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
 from lava_sglang.kernels.trim import refill, trim
+from lava_sglang.managers.compression_state import Compressed, ExactForNow, Planned, SkipReason
 from lava_sglang.managers.forward_stream import ForwardStream
-from lava_sglang.managers.request import LavaReq, SkipReason
+from lava_sglang.managers.request import LavaReq
 from lava_sglang.mem_cache.row import (
     alloc_slots,
     drop_slots,
     replace_slots,
     swap_in_private_slots,
 )
-from lava_sglang.mem_cache.score_table import ScoreTable
-from lava_sglang.mem_cache.tape import TapeTable
 from lava_sglang.metrics import StreamTimer
 from lava_sglang.policy import (
     PromptView,
@@ -40,6 +39,9 @@ from lava_sglang.policy import (
     tape_scores,
 )
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
 logger = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 64
@@ -47,22 +49,17 @@ WARM_UP_TOKENS = 64
 
 
 class Compressor:
-    """Device work on the pool of one scheduler, and the bookkeeping that goes with it.
+    """Device work on the pool of one scheduler: entries, tables and rows. What became of a request
+    is returned; its state is its own."""
 
-    scores: None without a ladder; nothing is trimmed then.
-    """
-
-    def __init__(self, runner: Any, tape: TapeTable, scores: ScoreTable | None):
-        self.kv_pool = runner.token_to_kv_pool
-        self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.layers = attention_layers(runner.model)
-        scaling = [layer.scaling for layer in self.layers]
-        self.scaling = torch.tensor(scaling, dtype=torch.float32, device=self.kv_pool.device)
-        self.timer = StreamTimer(self.kv_pool.device)
-        self.tape = tape
-        self.scores = scores
-
-    def attach_scheduler(self, scheduler: Any) -> None:
+    def __init__(self, model: DeviceState, scheduler: Scheduler):
+        self.arena = model.pool.arena
+        self.req_to_token = model.req_to_token
+        self.num_qo_heads = model.layers[0].tp_q_head_num
+        self.scaling = model.scaling
+        self.tape = model.tape
+        self.scores = model.scores
+        self.timer = StreamTimer(model.pool.device)
         self.stream = ForwardStream(scheduler)
         self.tree_cache = scheduler.tree_cache
 
@@ -79,15 +76,14 @@ class Compressor:
         nothing else. A method that only a request names compiles at its first request.
         """
         load_methods()
-        arena, window_size, method = self.kv_pool.arena, config.window_size, method_of(config)
+        arena, window_size, method = self.arena, config.window_size, method_of(config)
         num_layers, _, _, _, head_dim = arena.shape
-        num_qo_heads = self.layers[0].tp_q_head_num
         budget = window_size + WARM_UP_TOKENS // 2
         slots = torch.zeros(window_size + WARM_UP_TOKENS, dtype=torch.int64, device=arena.device)
         prompt = PromptView(
             arena=arena,
             slots=slots,
-            queries=arena.new_zeros(num_layers, window_size, num_qo_heads, head_dim),
+            queries=arena.new_zeros(num_layers, window_size, self.num_qo_heads, head_dim),
             scaling=self.scaling,
             shared_prefix_len=0,
             window_size=window_size,
@@ -108,23 +104,22 @@ class Compressor:
             )
             trim(arena, slots[:budget], fewer.places, window_size + 1)
 
-    def compress(self, req: LavaReq, budget: int) -> bool:
+    def compress(
+        self, req: LavaReq, state: Planned | ExactForNow, budget: int
+    ) -> SkipReason | None:
         """Copy what the request's method keeps of its suffix to `budget` fresh slots.
 
-        Mutates the request, its row and the tree; the exact suffix becomes evictable. False, with
-        the reason in the request, where there is no room for the copy or nothing to score by.
+        Mutates its row, its slots and the tree; the exact suffix becomes evictable. Returns why
+        nothing was done: there is no room for the copy, or nothing to score by; None if it is done.
         """
-        plan = req.plan
-        assert plan is not None and not req.compressed
+        plan, window = state.plan, state.window
         method = method_of(req.compression)
-        if method.needs_queries and (req.window is None or not req.window.complete):
+        if method.needs_queries and (window is None or not window.complete):
             logger.error("no window queries for %s: served uncompressed", req.rid)
-            req.skip_reason = SkipReason.NO_QUERIES
-            return False
+            return SkipReason.NO_QUERIES
         private = alloc_slots(self.tree_cache, budget, req.kv.kv_committed_len - plan.prompt_len)
         if private is None:
-            req.skip_reason = SkipReason.NO_ROOM
-            return False
+            return SkipReason.NO_ROOM
         row = req.kv.req_pool_idx
         # A snapshot: the tree may rewrite the row.
         exact_slots = self.req_to_token[row, : req.kv.kv_committed_len].long()
@@ -134,40 +129,38 @@ class Compressor:
         self.stream.keep_alive(private, exact_slots)
         with self.stream, self.timer:
             prompt = PromptView(
-                arena=self.kv_pool.arena,
+                arena=self.arena,
                 slots=prompt_slots,
-                queries=None if req.window is None else req.window.queries(),
+                queries=None if window is None else window.queries(),
                 scaling=self.scaling,
                 shared_prefix_len=plan.shared_prefix_len,
                 window_size=req.compression.window_size,
             )
             prompt_scores = score_prompt(method, prompt)
             kept = select_entries(method, prompt_scores, prompt, budget)
-            compact(self.kv_pool.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
+            compact(self.arena, prompt_slots, slots, kept.tape_tokens, kept.offsets)
             if self.scores is not None:
                 self.scores.write(slots, tape_scores(prompt, prompt_scores, kept))
                 self.scores.layer_weights[row] = prompt_scores.layer_weights
             if len(private) > budget:  # whole pages: the tail does not start where a page does
                 tail = exact_slots[plan.prompt_len :]
                 tail_slots = private[budget : budget + len(tail)]
-                self.kv_pool.arena[:, :, tail_slots] = self.kv_pool.arena[:, :, tail]
+                self.arena[:, :, tail_slots] = self.arena[:, :, tail]
             removed = plan.suffix_len - budget
             self.tape.commit(row, plan.shared_prefix_len, budget, removed, kept.offsets)
         self.stream.fence_row_writes()
         swap_in_private_slots(req, self.tree_cache, plan.shared_prefix_len, slots, tail_slots)
-        req.budget = budget
-        req.window = None
-        return True
+        return None
 
-    def trim(self, req: LavaReq, budget: int) -> None:
+    def trim(self, req: LavaReq, state: Compressed, budget: int) -> None:
         """Keep the best of a compressed request's entries, in the first `budget` of its slots.
 
-        Mutates the request and its row, and frees the other slots. The kept entries are those of a
-        compression to `budget` at once.
+        Mutates its row, and frees the other slots. The kept entries are those of a compression to
+        `budget` at once. Only a server with a ladder has the scores that it chooses by.
         """
-        plan = req.plan
-        assert plan is not None and req.budget is not None and self.scores is not None
-        row, prefix_len, old = req.kv.req_pool_idx, plan.shared_prefix_len, req.budget
+        plan, old = state.plan, state.budget
+        assert self.scores is not None, "a request has lower rungs on a server without a ladder"
+        row, prefix_len = req.kv.req_pool_idx, plan.shared_prefix_len
         slots = self.req_to_token[row, prefix_len : prefix_len + old].long()
         self.stream.keep_alive(slots)
         with self.stream, self.timer:
@@ -180,25 +173,23 @@ class Compressor:
                 plan.suffix_len,
                 req.compression.window_size,
                 budget,
-                width=plan.suffix_len + req.answer_compressed,
+                width=plan.suffix_len + state.answer_compressed,
             )
-            trim(self.kv_pool.arena, slots, kept.places, budget)
+            trim(self.arena, slots, kept.places, budget)
             self.scores.write(slots[:budget], scores[kept.places])
             removed = req.slots_freed + old - budget
             self.tape.commit(row, prefix_len, budget, removed, kept.offsets)
         self.stream.fence_row_writes()
         drop_slots(req, self.tree_cache, prefix_len + budget, prefix_len + old)
-        req.budget = budget
 
-    def compress_tail(self, req: LavaReq, queries: DecodeQueries) -> bool:
+    def compress_tail(self, req: LavaReq, state: Compressed, queries: DecodeQueries) -> bool:
         """Choose a tape of the same budget again, from the old one and the answer behind it.
 
-        The last decode steps take the place of the prompt's observation window. Mutates the request
-        and its row, and frees all its old private slots. False where there is no room for the copy.
+        The last decode steps take the place of the prompt's observation window. Mutates its row,
+        and frees all its old private slots. Returns False where there is no room for the copy.
         """
-        plan = req.plan
-        assert plan is not None and req.budget is not None
-        budget, tail_len, prefix_len = req.budget, req.tail_len, plan.shared_prefix_len
+        plan, budget = state.plan, state.budget
+        tail_len, prefix_len = req.tail_len, plan.shared_prefix_len
         slots = alloc_slots(self.tree_cache, budget)
         if slots is None:
             return False
@@ -210,10 +201,10 @@ class Compressor:
         self.stream.keep_alive(slots, old_slots)
         with self.stream, self.timer:
             offsets = self.tape.offsets[row].clone()
-            width = plan.suffix_len + req.answer_compressed
+            width = plan.suffix_len + state.answer_compressed
             scores = tail_scores(
                 queries.last(row, committed + removed),
-                self.kv_pool.arena,
+                self.arena,
                 prefix,
                 tape,
                 offsets,
@@ -224,12 +215,11 @@ class Compressor:
             )
             kept = select_again(method, scores, offsets, window_size, budget)
             owner, index = tape_entries(kept)
-            source = tail_rows(self.kv_pool.arena, tape, offsets, tail, width, owner, index)
-            refill(self.kv_pool.arena, source, slots)
+            source = tail_rows(self.arena, tape, offsets, tail, width, owner, index)
+            refill(self.arena, source, slots)
             if self.scores is not None:
                 self.scores.write(slots, scores.flatten(0, 1)[owner, index])
             self.tape.commit(row, prefix_len, budget, removed + tail_len, kept.offsets)
         self.stream.fence_row_writes()
         replace_slots(req, self.tree_cache, prefix_len, slots)
-        req.answer_compressed += tail_len
         return True

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
 from lava_sglang.managers.request import LavaReq
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
+
 
 class Demand:
     """A scheduler's memory in host numbers, of slots."""
 
-    def __init__(self, scheduler: Any):
+    def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         self.tree_cache = scheduler.tree_cache
 
@@ -28,8 +31,8 @@ class Demand:
         reqs: list[LavaReq] = self.scheduler.running_batch.reqs
         return reqs
 
-    def spare(self, free: int, prefilled: Iterable[LavaReq]) -> bool:
-        """Whether `free` slots will do for the answers of what runs and for all that waits.
+    def leaves_room(self, free: int, prefilled: Iterable[LavaReq]) -> bool:
+        """Whether `free` slots are enough for the answers of what runs and for all that waits.
 
         prefilled: requests that are about to run. A waiting request counts with its smallest tape,
         and the longest of them with its prompt besides, which is there while it is prefilled.
@@ -51,6 +54,7 @@ class Demand:
 
 
 def _answer_slots(req: LavaReq, ratio: float) -> int:
-    """As `PrefillAdder._get_running_request_total_token_offset` (schedule_policy.py)."""
+    """Slots that its answer is expected to take. Source: SGLang 0.5.23,
+    `PrefillAdder._get_running_request_total_token_offset` (schedule_policy.py)."""
     left = min(req.sampling_params.max_new_tokens - len(req.output_ids), CLIP_MAX_NEW_TOKENS)
     return int(left * (1.0 if req.sampling_params.ignore_eos else ratio))

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
 
 
 class ForwardStream:
@@ -16,7 +19,7 @@ class ForwardStream:
     SGLang is on that stream already: it hands out the rows of a beam there.
     """
 
-    def __init__(self, scheduler: Any):
+    def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         self.overlap = scheduler.enable_overlap and scheduler.device != "cpu"
         self._entered: list[Any] = []

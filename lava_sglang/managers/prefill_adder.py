@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.managers.schedule_policy import (
     CLIP_MAX_NEW_TOKENS,
@@ -17,25 +17,34 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.request import LavaReq
 
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+
+
+class Candidate(NamedTuple):
+    """What admission knows of the request that it looks at, in slots."""
+
+    released: int = 0  # that its compression gives back, of its prompt and of what only it locks
+    first_chunk: int = 0  # of its prompt, prefilled in this pass
+    # Of answers, until its last chunk: `--prefill-decode-interval` decodes between chunks.
+    growth: int = 0
+
 
 class LavaPrefillBudget(PrefillBudget):
     """SGLang's `PrefillBudget` (srt/mem_cache/prefill_budget.py) that checks two moments.
 
     SGLang checks prompt and answer together. The prompt of a compressed request is gone when its
-    answer grows: it needs prompt and copy now, copy and answer later. The attributes are set for
-    each candidate. Slots:
+    answer grows: it needs prompt and copy now, copy and answer later.
 
-    released: that its compression gives back, of its prompt and of what only it locks.
-    ahead: that compressions at the end of this pass are certain to give back. They count for
-    prompts whose last chunk comes later.
-    first_chunk: of the candidate's prompt, prefilled in this pass.
-    growth: of answers, until its last chunk: `--prefill-decode-interval` decodes between chunks.
+    candidate: whom the checks are about. ahead: slots that compressions at the end of this pass are
+    certain to give back; they count for prompts whose last chunk comes later.
     """
 
-    released = 0
-    ahead = 0
-    first_chunk = 0
-    growth = 0
+    def __init__(self, allocator: BaseTokenToKVPoolAllocator, tree_cache: BasePrefixCache) -> None:
+        super().__init__(allocator, tree_cache)
+        self.candidate = Candidate()
+        self.ahead = 0
 
     def check_prefill(
         self,
@@ -56,12 +65,13 @@ class LavaPrefillBudget(PrefillBudget):
 
         total_tokens: of its prompt, copy and answer, but for what the tree holds and it locks.
         """
-        now = total_tokens - max_new_tokens if self.released else total_tokens
-        later = total_tokens - self.released
-        ahead = self.ahead if self.first_chunk < extend_input_len else 0
+        released, first_chunk, growth = self.candidate
+        now = total_tokens - max_new_tokens if released else total_tokens
+        later = total_tokens - released
+        ahead = self.ahead if first_chunk < extend_input_len else 0
         return max(
-            self.first_chunk + self.page_size - self.remaining_current,
-            now + self.growth - self.remaining_current - ahead,
+            first_chunk + self.page_size - self.remaining_current,
+            now + growth - self.remaining_current - ahead,
             math.floor(later - self.remaining_total - ahead) + 1,
         )
 
@@ -76,17 +86,19 @@ class LavaPrefillBudget(PrefillBudget):
         max_new_tokens: int,
         chunk_limit: int | None,
     ) -> bool:
-        now, later = paged_input + self.growth, paged_input - self.released
+        now, later = paged_input + self.candidate.growth, paged_input - self.candidate.released
         return now <= self.remaining_current and later <= self.remaining_total
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        """Of a half-prefilled request. None: it waits, SGLang would fail where there are no slots.
+        """Tokens that a half-prefilled request may prefill. None: it waits, where SGLang would fail
+        for lack of slots.
 
         SGLang leaves future answers their slots and takes a part of the chunk. Those of a prompt
         that is compressed are back by then.
         """
-        limit = chunk_limit if self.released else super().available_chunk_tokens(chunk_limit)
-        chunk = self.first_chunk if limit is None else min(limit, self.first_chunk)
+        released, first_chunk, _ = self.candidate
+        limit = chunk_limit if released else super().available_chunk_tokens(chunk_limit)
+        chunk = first_chunk if limit is None else min(limit, first_chunk)
         return limit if chunk + self.page_size <= self.remaining_current else None
 
 
@@ -107,6 +119,8 @@ class LavaPrefillAdder(PrefillAdder):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self._half_prefilled_waits = False
+        self._half_prefilled: LavaReq | None = None
         self.coordinator = coordinator
         self.decode_steps = decode_steps
         self.chunk_size = self.rem_chunk_tokens
@@ -163,9 +177,6 @@ class LavaPrefillAdder(PrefillAdder):
         self._note(req)
         return unfinished
 
-    _half_prefilled_waits = False
-    _half_prefilled: LavaReq | None = None
-
     def _note(self, req: LavaReq) -> None:
         """What this pass does to `req`, for the candidates after it."""
         if not self._took(req):
@@ -179,8 +190,8 @@ class LavaPrefillAdder(PrefillAdder):
             self.memory_budget.ahead = self._ahead()
 
     def _reserve_later_chunks(self) -> None:
-        """Of a prompt that this pass has begun, where others may come after it: SGLang forgets them
-        (shortest-prefill-first, aligned chunks)."""
+        """Keep slots for the rest of a prompt that this pass has begun, where others may come after
+        it: SGLang forgets them (shortest-prefill-first, aligned chunks)."""
         req, self._half_prefilled = self._half_prefilled, None
         if req is None:
             return
@@ -188,7 +199,7 @@ class LavaPrefillAdder(PrefillAdder):
         now = rest + self._copy_slots(req)
         budget = self.memory_budget
         budget.current_offset += now + self._growth(rest)
-        budget.total_offset += max(0, now + self._swa_new_tokens(req) - budget.released)
+        budget.total_offset += max(0, now + self._swa_new_tokens(req) - budget.candidate.released)
 
     def _request_slot_reserve_for_req(
         self, req: LavaReq, *, extend_input_len: int | None = None
@@ -222,9 +233,12 @@ class LavaPrefillAdder(PrefillAdder):
         """limits: tokens of its prompt that this pass may prefill."""
         budget = self.memory_budget
         extend_len = len(req.full_untruncated_fill_ids) - req.prefix_len
-        budget.first_chunk = min([extend_len, *(limit for limit in limits if limit is not None)])
-        budget.released = req.released_slots(self.tree_cache) if self._copy_slots(req) else 0
-        budget.growth = self._growth(extend_len - budget.first_chunk)
+        first_chunk = min([extend_len, *(limit for limit in limits if limit is not None)])
+        budget.candidate = Candidate(
+            released=req.released_slots(self.tree_cache) if self._copy_slots(req) else 0,
+            first_chunk=first_chunk,
+            growth=self._growth(extend_len - first_chunk),
+        )
         with self._lock_node(req.last_node):
             budget.ahead = self._ahead()
 

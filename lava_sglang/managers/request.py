@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request with its compression: settings, plan, outcome. Host numbers only, no device tensor."""
+"""A request with its compression: its settings and its state. Host numbers only."""
 
 from __future__ import annotations
 
 import logging
 from array import array
-from enum import StrEnum
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.schedule_batch import Req
@@ -16,46 +15,34 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.managers.compression_state import (
+    FOLLOWERS,
+    NO_PRESSURE,
+    Compressed,
+    CompressionPlan,
+    CompressionState,
+    ExactForNow,
+    IllegalTransition,
+    Pending,
+    Planned,
+    Skipped,
+    SkipReason,
+)
 from lava_sglang.mem_cache.row import copy_len, unlocked_by_shrinking
 from lava_sglang.mem_cache.sharing import used_by_others
+from lava_sglang.policy import method_of
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 
 logger = logging.getLogger(__name__)
-
-
-class SkipReason(StrEnum):
-    """Why a request is served uncompressed. Always legal; counted by reason."""
-
-    DISABLED = "disabled"  # the request asked for it
-    TOO_SHORT = "too_short"  # suffix below min_tokens
-    PARALLEL_SAMPLES = "parallel_samples"  # n > 1: SGLang caches the prompt before its samples run
-    BUDGET_COVERS_SUFFIX = "budget_covers_suffix"  # nothing would be dropped
-    NO_DECODE = "no_decode"  # at most one output token: no later step would read less
-    NO_ROOM = "no_room"  # no b free slots for the copy
-    NO_QUERIES = "no_queries"  # the attention backend handed over no window queries
-    NO_PRESSURE = "no_pressure"  # exact until slots are short, which they were not
-    ABORTED = "aborted"  # ended before its prefill did
-    UNSUPPORTED_REQUEST = "unsupported_request"  # beam search, sessions, embeddings, captures
-
-
-class CompressionPlan(NamedTuple):
-    """What compressing one prompt does, known on the host before it is prefilled."""
-
-    prompt_len: int  # I = P + N, tokens
-    shared_prefix_len: int  # P, tokens
-    rungs: tuple[int, ...]  # slots that its tape may take, b, the most first
-    exact_first: bool = False  # whether it stays exact until slots are short
-
-    @property
-    def suffix_len(self) -> int:
-        """N, tokens."""
-        return self.prompt_len - self.shared_prefix_len
 
 
 class LavaReq(Req):
     """SGLang's `Req` (srt/managers/schedule_batch.py) with the state of its compression.
 
-    `compression` is the validated settings of this request. `plan` is set when its prefill is
-    first launched; `budget` once its row holds a tape, of so many slots.
+    `compression` is the validated settings of this request, `compression_state` what became of
+    them. Others read the state, and call the transitions below; they change nothing else.
     """
 
     def __init__(
@@ -63,11 +50,12 @@ class LavaReq(Req):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.page_size = page_size
-        self.plan: CompressionPlan | None = None
-        self.skip_reason: SkipReason | None = None
-        self.budget: int | None = None
-        self.answer_compressed = 0  # tokens of the answer that went onto the tape or were dropped
-        self.window: WindowQueries | None = None
+        self.compression_state: CompressionState = Pending()
+        # Shared prefix and suffix in tokens, of the prefill that was launched last.
+        self._parts: tuple[int, int] | None = None
+        # After a retraction: where what was its own suffix begins.
+        self._own_from: int | None = None
+        self._used_by_others = 0
         self.compression = config
         try:
             self.compression = config.for_custom_params(self.sampling_params.custom_params)
@@ -92,38 +80,125 @@ class LavaReq(Req):
         return str(self.rid).startswith(HEALTH_CHECK_RID_PREFIX)
 
     @property
+    def plan(self) -> CompressionPlan | None:
+        """What compressing it does; None before its prefill, and if it stays exact."""
+        state = self.compression_state
+        return None if isinstance(state, Pending | Skipped) else state.plan
+
+    @property
+    def window(self) -> WindowQueries | None:
+        """The queries it is to be compressed by; None afterwards, and if its method needs none."""
+        state = self.compression_state
+        return state.window if isinstance(state, Planned | ExactForNow) else None
+
+    @property
+    def budget(self) -> int | None:
+        """Slots of its tape; None without one."""
+        state = self.compression_state
+        return state.budget if isinstance(state, Compressed) else None
+
+    @property
     def compressed(self) -> bool:
-        return self.budget is not None
+        return isinstance(self.compression_state, Compressed)
+
+    @property
+    def answer_compressed(self) -> int:
+        """Tokens of the answer that went onto the tape or were dropped."""
+        state = self.compression_state
+        return state.answer_compressed if isinstance(state, Compressed) else 0
+
+    @property
+    def skip_reason(self) -> str | None:
+        """Why it is exact; None while that is not decided, and if it is not."""
+        state = self.compression_state
+        if isinstance(state, ExactForNow):
+            return NO_PRESSURE
+        return str(state.reason) if isinstance(state, Skipped) else None
 
     @property
     def slots_freed(self) -> int:
         """Slots that the request does without."""
-        if self.plan is None or self.budget is None:
+        state = self.compression_state
+        if not isinstance(state, Compressed):
             return 0
-        return self.plan.suffix_len + self.answer_compressed - self.budget
+        return state.plan.suffix_len + state.answer_compressed - state.budget
 
     @property
     def tail_len(self) -> int:
-        """Slots of a decoding compressed request behind its tape."""
-        assert self.plan is not None and self.budget is not None
-        prefix_len: int = self.plan.shared_prefix_len
-        return int(self.kv.kv_committed_len) - prefix_len - self.budget
+        """Slots of a decoding request behind its tape; 0 without one."""
+        state = self.compression_state
+        if not isinstance(state, Compressed):
+            return 0
+        return int(self.kv.kv_committed_len) - state.plan.shared_prefix_len - state.budget
 
     @property
     def held_slots(self) -> int:
         """Slots of the suffix, exact or as a tape: what a lower rung may free some of."""
-        if self.plan is None:
-            return 0
-        return self.plan.suffix_len if self.budget is None else self.budget
+        state = self.compression_state
+        if isinstance(state, Compressed):
+            return state.budget
+        return 0 if self.plan is None else self.plan.suffix_len
 
     @property
     def next_budget(self) -> int | None:
         """The highest rung below what a decoding request holds; None if it cannot shrink."""
-        if self.plan is None or (
-            self.budget is None and self.skip_reason != SkipReason.NO_PRESSURE
-        ):
+        state = self.compression_state
+        if not isinstance(state, ExactForNow | Compressed):
             return None
-        return next((rung for rung in self.plan.rungs if rung < self.held_slots), None)
+        return next((rung for rung in state.plan.rungs if rung < self.held_slots), None)
+
+    def begin_prefill(self, num_layers: int) -> None:
+        """Fix the plan at the launch of the first chunk. A later chunk changes nothing.
+
+        num_layers: of the model, whose window queries a plan collects.
+        """
+        if not isinstance(self.compression_state, Pending):
+            return
+        exact = min(self.prefix_len, self._shareable_len())
+        self._parts = (exact, len(self.full_untruncated_fill_ids) - exact)
+        plan = self.plan_for(self.prefix_len)
+        if isinstance(plan, SkipReason):
+            self.skip_compression(plan)
+            return
+        window = None
+        if method_of(self.compression).needs_queries:
+            window = WindowQueries(num_layers, self.compression.window_size)
+        self._become(Planned(plan, window))
+
+    def skip_compression(self, reason: SkipReason) -> None:
+        """It stays exact."""
+        self._become(Skipped(reason))
+
+    def stay_exact_for_now(self) -> None:
+        """Its prefill has ended and slots are not short."""
+        state = self._expect(Planned)
+        self._become(ExactForNow(state.plan, state.window))
+
+    def take_tape(self, budget: int) -> None:
+        """Its suffix has been copied to a tape of `budget` slots."""
+        state = self._expect(Planned, ExactForNow)
+        self._become(Compressed(state.plan, budget))
+
+    def shorten_tape(self, budget: int) -> None:
+        """Its tape has been cut to `budget` slots."""
+        self._become(self._expect(Compressed)._replace(budget=budget))
+
+    def take_answer(self, tokens: int) -> None:
+        """Its tape has been chosen again from itself and the `tokens` of the answer behind it."""
+        state = self._expect(Compressed)
+        self._become(state._replace(answer_compressed=state.answer_compressed + tokens))
+
+    def _become(self, state: CompressionState) -> None:
+        before = self.compression_state
+        if type(state) not in FOLLOWERS[type(before)]:
+            raise IllegalTransition(f"{self.rid}: {before} cannot become {state}")
+        self.compression_state = state
+
+    def _expect(self, *states: type) -> Any:
+        if not isinstance(self.compression_state, states):
+            names = " or ".join(state.__name__ for state in states)
+            raise IllegalTransition(f"{self.rid}: {self.compression_state}, must be {names}")
+        return self.compression_state
 
     def plan_for(self, matched_len: int) -> CompressionPlan | SkipReason:
         """The plan if `matched_len` tokens come from the radix tree, or why there is none."""
@@ -158,23 +233,11 @@ class LavaReq(Req):
         rungs = config.rungs(prompt_len, self.page_size) if config.enabled else ()
         return prompt_len, rungs[-1] if rungs and prompt_len >= config.min_tokens else prompt_len
 
-    def begin_prefill(self) -> None:
-        """Fix the plan at the launch of the first chunk. A later chunk changes nothing."""
-        if self.plan is not None or self.skip_reason is not None:
-            return
-        exact = min(self.prefix_len, self._shareable_len())
-        self._parts = (exact, len(self.full_untruncated_fill_ids) - exact)
-        plan = self.plan_for(self.prefix_len)
-        if isinstance(plan, SkipReason):
-            self.skip_reason = plan
-        else:
-            self.plan = plan
-
     def expected_plan(self) -> CompressionPlan | None:
         """Its plan, or the one it would get if its prefill were launched now."""
-        if self.skip_reason is not None:
-            return None
-        plan = self.plan or self.plan_for(self.prefix_len)
+        if not isinstance(self.compression_state, Pending):
+            return self.plan
+        plan = self.plan_for(self.prefix_len)
         return plan if isinstance(plan, CompressionPlan) else None
 
     def copy_slots(self) -> int:
@@ -184,15 +247,15 @@ class LavaReq(Req):
 
     def first_copy_len(self, budget: int) -> int:
         """Slots that a copy of its exact suffix takes, and of the answer that moves with it."""
-        assert self.plan is not None
-        tail_len = int(self.kv.kv_committed_len) - self.plan.prompt_len
+        plan = self.plan
+        tail_len = 0 if plan is None else int(self.kv.kv_committed_len) - plan.prompt_len
         return copy_len(budget, tail_len, self.page_size)
 
-    def released_slots(self, tree_cache: Any) -> int:
+    def released_slots(self, tree_cache: BasePrefixCache) -> int:
         """Slots that a first copy gives back, its own not counted: all that nobody else locks, but
         the exact prefix. 0 if it is not to be compressed. Of a waiting request: if it was admitted.
         """
-        plan = self.plan or self.expected_plan()
+        plan = self.expected_plan()
         if plan is None:
             return 0
         own = max(plan.prompt_len, self.kv.kv_committed_len) - self.kv.cache_protected_len
@@ -209,11 +272,7 @@ class LavaReq(Req):
             self._own_from = self.plan.shared_prefix_len
         if self.compressed:
             self.skip_radix_cache_insert = False
-        self.plan = None
-        self.skip_reason = None
-        self.budget = None
-        self.answer_compressed = 0
-        self.window = None
+        self.compression_state = Pending()
 
     def info(self) -> dict[str, Any]:
         """`meta_info["kv_compression"]` of the response; token counts."""
@@ -229,11 +288,13 @@ class LavaReq(Req):
             if self.answer_compressed:
                 info["answer_tokens_compressed"] = self.answer_compressed
         else:
-            info["reason"] = str(self.skip_reason) if self.skip_reason else "not_prefilled"
+            info["reason"] = self.skip_reason or "not_prefilled"
         info["slots_freed"] = self.slots_freed
         return info
 
-    def init_next_round_input(self, tree_cache: Any = None, cow_mamba: bool | None = None) -> None:
+    def init_next_round_input(
+        self, tree_cache: BasePrefixCache | None = None, cow_mamba: bool | None = None
+    ) -> None:
         """SGLang's match of the prompt against the tree.
 
         Scope "auto" looks first how far others use the prompt: where the match may end depends
@@ -248,14 +309,10 @@ class LavaReq(Req):
             self._used_by_others = used_by_others(tree_cache, text)
         super().init_next_round_input(tree_cache, cow_mamba)
 
-    def match_nothing(self, tree_cache: Any) -> None:
+    def match_nothing(self, tree_cache: BasePrefixCache) -> None:
         """As if the tree held nothing of its prompt, until it is matched again."""
         match_kv_cache(self, tree_cache, array("q"))
         self.kv.cache_protected_len = 0
-
-    _parts: tuple[int, int] | None = None  # shared prefix and suffix, in tokens, once prefilled
-    _own_from: int | None = None
-    _used_by_others = 0
 
     def _shareable_len(self) -> int:
         """Tokens from the prompt's start that stay exact and shared if they come from the tree."""

@@ -22,6 +22,7 @@ from lava_sglang.mem_cache.tape import TapeTable
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
 
 MAX_ROWS = 4096
 """Most requests that SGLang lets run if `--max-running-requests` does not say.
@@ -35,6 +36,30 @@ def largest_batch(num_rows: int) -> int:
     """Requests in the largest decode batch of a pool of `num_rows`, with SGLang's padding: captured
     graphs, and batches without one, may be padded to a multiple of the attention's ranks."""
     return max(get_cuda_graph_max_batch_size(num_rows), get_eager_max_batch_size(num_rows))
+
+
+class MemoryPlan:
+    """AFTER hooks on `DefaultPoolConfigurator`: the pool shrinks by what we take beside it."""
+
+    def __init__(self, config: KVCompressionConfig) -> None:
+        self.config = config
+
+    def add_slot_bytes(
+        self,
+        result: int,
+        configurator: DefaultPoolConfigurator,
+        kvc: KVCacheConfigurator,
+        num_layers: int,
+    ) -> int:
+        """Hook on `_compute_cell_size`."""
+        num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
+        return result + slot_bytes(self.config, num_layers, num_kv_heads)
+
+    def add_fixed_bytes(
+        self, result: None, configurator: DefaultPoolConfigurator, kvc: KVCacheConfigurator
+    ) -> None:
+        """Hook on `__init__`."""
+        configurator._fixed_overhead_bytes += fixed_bytes(self.config, kvc)
 
 
 def slot_bytes(config: KVCompressionConfig, num_layers: int, num_kv_heads: int) -> int:

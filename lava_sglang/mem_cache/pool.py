@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
@@ -12,6 +13,18 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from lava_sglang.config import refuse
 from lava_sglang.kernels.arena import head_dim_reasons
 from lava_sglang.mem_cache.arena import create_arena, layer_views
+
+
+def use_arena_pool(result: Any, platform: Any, *, kind: str) -> Any:
+    """AFTER hook on `SRTPlatform.get_kv_pool_cls`: plain attention gets the arena."""
+    return LavaMHATokenToKVPool if kind == "mha" else result
+
+
+def pool_reasons(pool: Any) -> list[str]:
+    """Why compression cannot work on SGLang's `pool`, one sentence each."""
+    if isinstance(pool, LavaMHATokenToKVPool):
+        return []
+    return [f"KV pool {type(pool).__name__}: only SGLang's plain MHA pool is supported"]
 
 
 class LavaMHATokenToKVPool(MHATokenToKVPool):

@@ -31,12 +31,14 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch import nn
 
+from lava_sglang.attention.device_state import DeviceState
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.select import Selection
 from lava_sglang.managers.coordinator import KVCompressionCoordinator
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
+from lava_sglang.metrics import CompressionStats
 from lava_sglang.policy import PromptView, keep, method_of
 
 NUM_LAYERS = 2
@@ -89,7 +91,9 @@ class Engine:
     allocator: Any
     rows: ReqToTokenPool
     tree: UnifiedRadixCache
-    coordinator: KVCompressionCoordinator
+    config: KVCompressionConfig
+    model: DeviceState
+    coordinator: KVCompressionCoordinator = field(init=False)
     prefilling: list[LavaReq] = field(default_factory=list)
     decoding: list[LavaReq] = field(default_factory=list)
     prompts: dict[str, PromptView] = field(default_factory=dict)
@@ -107,11 +111,13 @@ class Engine:
             chunked_req=None,
             new_token_ratio_tracker=SimpleNamespace(current=0.0),
         )
+        self.coordinator = KVCompressionCoordinator(
+            self.config, self.model, self.scheduler, CompressionStats()
+        )
 
     @property
     def tape(self) -> TapeTable:
-        assert self.coordinator.tape is not None
-        return self.coordinator.tape
+        return self.model.tape
 
     def request(
         self,
@@ -479,19 +485,14 @@ def build_engine(
             tree_components=(ComponentType.FULL,),
         )
     )
-    coordinator = KVCompressionCoordinator(config)
     layers = [
         RadixAttention(QUERY_HEADS, HEAD_DIM, SCALING, KV_HEADS, layer_id)
         for layer_id in range(NUM_LAYERS)
     ]
-    coordinator.attach_model(
-        SimpleNamespace(
-            model=nn.ModuleList(layers),
-            model_config=SimpleNamespace(dtype=torch.float32),
-            token_to_kv_pool=pool,
-            req_to_token_pool=rows,
-        )
+    runner: Any = SimpleNamespace(
+        model=nn.ModuleList(layers),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        token_to_kv_pool=pool,
+        req_to_token_pool=rows,
     )
-    engine = Engine(pool, allocator, rows, tree, coordinator)
-    coordinator.attach_scheduler(engine.scheduler)
-    return engine
+    return Engine(pool, allocator, rows, tree, config, DeviceState(config, runner))

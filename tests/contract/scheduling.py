@@ -23,9 +23,9 @@ from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.managers.demand import Demand
 from lava_sglang.managers.request import LavaReq
-from lava_sglang.managers.scheduler import LavaScheduler
 from tests.contract.engine import Engine, build_engine
 
 ABSENT = (

@@ -19,7 +19,7 @@ from sglang.srt.server_args import prepare_server_args
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.integration import plugin
 from lava_sglang.integration.args import LavaServerArgs, config_of
-from lava_sglang.managers.scheduler import LavaScheduler
+from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.methods import COMPETING_METHODS
 from tests.contract.resolving import start_reasons
 

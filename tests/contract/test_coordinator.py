@@ -11,8 +11,8 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers import compressor
+from lava_sglang.managers.compression_state import SkipReason
 from lava_sglang.managers.forward_stream import ForwardStream
-from lava_sglang.managers.request import SkipReason
 from lava_sglang.mem_cache.host_tape import HostTape
 from lava_sglang.methods import METHODS
 from lava_sglang.policy import method_of
@@ -49,7 +49,7 @@ def test_warming_up_writes_to_the_padding_only(
     engine.extend((req, None))
     arena, offsets = engine.pool.arena.clone(), engine.tape.offsets.clone()
     launched.clear()
-    engine.coordinator.warm_up()
+    engine.coordinator.compressor.warm_up(config)
     assert launched == ["compact"] + ["trim"] * config.has_ladder
     assert torch.equal(engine.pool.arena[:, :, 1:], arena[:, :, 1:])
     assert torch.equal(engine.tape.offsets, offsets)
@@ -141,7 +141,6 @@ def test_rows_are_reset_on_the_stream_of_the_forward_pass(monkeypatch: pytest.Mo
     """One that is in flight may read them for their owners before."""
     engine = build_engine()
     scheduler = Recorder(True, "cuda")
-    assert engine.coordinator.compressor is not None
     engine.coordinator.compressor.stream = ForwardStream(scheduler)
     monkeypatch.setattr(engine.tape, "reset", lambda rows: scheduler.calls.append(f"reset {rows}"))
     rows = engine.rows.alloc_rows(2)

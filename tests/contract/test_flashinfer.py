@@ -41,7 +41,7 @@ from tests.kernels.flashinfer_model import FLASHINFER
 
 OPTION = "--kv-compression-config decode_kernel='flashinfer'"
 RAGGED = KVCompressionConfig(
-    method="lava", budget=0.25, min_tokens=16, window_size=4, decode_kernel="flashinfer"
+    method="lava", min_tokens=16, window_size=4, scope="suffix", decode_kernel="flashinfer"
 )
 LADDER = RAGGED.model_copy(update={"budget": (0.75, 0.5, 0.25)})
 HEADERS = Path(flashinfer.__file__).parent / "data" / "include" / "flashinfer"

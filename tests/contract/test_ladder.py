@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.managers.request import LavaReq, SkipReason
+from lava_sglang.managers.compression_state import ExactForNow
+from lava_sglang.managers.request import LavaReq
 from tests.contract.engine import Engine, build_engine, running_batch
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
@@ -129,7 +130,7 @@ def test_a_lower_rung_is_taken_where_others_wait(page_size: int) -> None:
 def test_a_pressure_request_is_exact_until_slots_are_short(page_size: int) -> None:
     engine = build_engine(page_size, config=ladder(budget=0.25, trigger="pressure"))
     (req,) = serve(engine, 130, steps=3)
-    assert not req.compressed and req.skip_reason is SkipReason.NO_PRESSURE
+    assert not req.compressed and isinstance(req.compression_state, ExactForNow)
     assert req.window is not None and req.info()["reason"] == "no_pressure"
     engine.check()
     engine.coordinator.before_decode(running_batch(engine))
@@ -284,7 +285,6 @@ def test_a_retracted_request_starts_over(page_size: int) -> None:
 
 def test_no_scores_are_kept_without_a_ladder() -> None:
     engine = build_engine(1)
-    assert engine.coordinator.compressor is not None
     assert engine.coordinator.compressor.scores is None and not engine.coordinator.may_shrink
 
 

@@ -24,11 +24,11 @@ from lava_sglang.attention.query_capture import attach_tape
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.integration import hooks, plugin, seams
+from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.kernels.cpu.ragged_decode_jit import attend_kernel
-from lava_sglang.managers.coordinator import KVCompressionCoordinator
-from lava_sglang.managers.scheduler import LavaScheduler
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
+from tests.contract.engine import build_engine
 
 RUNTIME_HOOKS = (
     seams.POOL,
@@ -56,9 +56,9 @@ def scheduler(runtime_context: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
         attention_registry, "ATTENTION_BACKENDS", dict(attention_registry.ATTENTION_BACKENDS)
     )
     made: Any = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="snapkv"))
-    made.kv_compression = KVCompressionCoordinator(KVCompressionConfig(method="snapkv"))
-    made.kv_compression_log_parts = lambda: ["#kv-comp-req: 2", "kv-comp slots saved: 30"]
-    made._add_kv_compression_hooks()
+    made.kv_compression_config = KVCompressionConfig(method="snapkv")
+    made.add_log_parts = lambda parts, *args: [*parts, "#kv-comp-req: 2", "kv-comp slots saved: 30"]
+    made.install_hooks()
     yield made
     for (place, name), value in originals.items():
         setattr(place, name, value)
@@ -71,7 +71,7 @@ def hook_on(seam: seams.Seam) -> Any:
 
 def test_every_hook_is_applied_once(scheduler: Any) -> None:
     assert {f"sglang.{seam.target}" for seam in RUNTIME_HOOKS} <= HookRegistry._patched
-    scheduler._add_kv_compression_hooks()
+    scheduler.install_hooks()
     for seam in RUNTIME_HOOKS:
         assert len(HookRegistry._hooks[f"sglang.{seam.target}"]) == 1
 
@@ -88,7 +88,7 @@ def test_another_sglang_is_refused_before_a_scheduler_is_built(
 ) -> None:
     monkeypatch.setattr("lava_sglang.integration.refusals.SGLANG_VERSION", "0.5.99")
     with pytest.raises(KVCompressionError, match=r"needs sglang==0\.5\.99"):
-        scheduler._add_kv_compression_hooks()
+        scheduler.install_hooks()
 
 
 class Backend(AttentionBackend):
@@ -119,23 +119,21 @@ def model_runner() -> SimpleNamespace:
         server_args=SimpleNamespace(enable_pdmux=False),
         hybrid_gdn_config=None,
         model=nn.ModuleList(layers),
-        token_to_kv_pool=SimpleNamespace(layer_num=2, head_num=2, device="cpu"),
+        token_to_kv_pool=build_engine().pool,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(5, 16, dtype=torch.int32)),
     )
 
 
 def test_the_tables_are_made_with_the_first_backend_and_once(scheduler: Any) -> None:
-    coordinator = scheduler.kv_compression
-    runner = model_runner()
+    runner: Any = model_runner()
     hook_on(seams.ATTENTION)(Backend(), runner, None)
-    tape = coordinator.tape
-    assert tape.budgets.shape == (5,) and tape.offsets.shape == (5, 2 * 2 + 1)
-    compressor = coordinator.compressor
-    assert compressor.scaling.tolist() == [0.25, 0.5]  # by layer, whatever the modules' order
-    assert compressor.req_to_token is runner.req_to_token_pool.req_to_token
-    assert compressor.scores is None
-    hook_on(seams.ATTENTION)(Backend(), model_runner(), None)
-    assert coordinator.tape is tape
+    state = runner.kv_compression
+    assert state.tape.budgets.shape == (5,) and state.tape.offsets.shape == (5, 2 * 2 + 1)
+    assert state.scaling.tolist() == [0.25, 0.5]  # by layer, whatever the modules' order
+    assert state.req_to_token is runner.req_to_token_pool.req_to_token
+    assert state.scores is None
+    hook_on(seams.ATTENTION)(Backend(), runner, None)
+    assert runner.kv_compression is state
 
 
 class RaggedBackend(RaggedDecode, Backend):
@@ -145,10 +143,11 @@ class RaggedBackend(RaggedDecode, Backend):
 def test_a_backend_that_decodes_from_the_tape_is_given_it(scheduler: Any) -> None:
     alone, uniform = RaggedBackend(), Backend()
     hybrid = Backend()
+    runner: Any = model_runner()
     hybrid.decode_backend = RaggedBackend()  # type: ignore[attr-defined]
     for backend in (alone, uniform, hybrid):
-        hook_on(seams.ATTENTION)(backend, model_runner(), None)
-    tape = scheduler.kv_compression.tape
+        hook_on(seams.ATTENTION)(backend, runner, None)
+    tape = runner.kv_compression.tape
     assert alone.tape is tape and hybrid.decode_backend.tape is tape  # type: ignore[attr-defined]
     assert not hasattr(uniform, "tape")
 
@@ -197,10 +196,11 @@ def test_plain_attention_gets_the_arena_pool_and_other_kinds_theirs(scheduler: A
 
 
 def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> None:
-    backend = hook_on(seams.ATTENTION)(Backend(), model_runner(), None)
+    runner: Any = model_runner()
+    backend = hook_on(seams.ATTENTION)(Backend(), runner, None)
     assert attention_registry.attn_backend_wrapper.__wrapped__ is not None
     assert isinstance(backend, Backend) and type(backend).__name__ == "LavaBackend"
-    capture = scheduler.kv_compression.capture
+    capture = runner.kv_compression.capture
     window = WindowQueries(1, 2)
     capture.add(window, 0, (0, 3), 3)
     layer = SimpleNamespace(layer_id=0, tp_q_head_num=2, qk_head_dim=4)
@@ -216,8 +216,9 @@ def test_every_backend_hands_over_the_queries_of_an_extend(scheduler: Any) -> No
 
 @pytest.mark.parametrize(("mode", "expected"), [("decode", [13, 4]), ("extend", [3, 4])])
 def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: list[int]) -> None:
-    scheduler.kv_compression.compressor = SimpleNamespace(tape=TapeTable(4, 1, 2, "cpu"))
-    scheduler.kv_compression.tape.commit(2, 0, 3, 10, torch.tensor([0, 1, 6]))
+    tape = TapeTable(4, 1, 2, "cpu")
+    tape.commit(2, 0, 3, 10, torch.tensor([0, 1, 6]))
+    runner = SimpleNamespace(kv_compression=SimpleNamespace(tape=tape))
     batch = SimpleNamespace(
         forward_mode=forward_mode(mode),
         positions=torch.tensor([3, 4]),
@@ -225,14 +226,14 @@ def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: 
     )
     batch_of_the_scheduler = SimpleNamespace(req_pool_indices_cpu=torch.tensor([2, 1]))
     args = (batch, ForwardBatch, batch_of_the_scheduler)
-    assert hook_on(seams.POSITIONS)(*args, model_runner="runner") is None
+    assert hook_on(seams.POSITIONS)(*args, model_runner=runner) is None
     assert batch.positions.tolist() == expected
     assert not hasattr(batch, "req_pool_indices_cpu")
 
 
 def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) -> None:
     tape = TapeTable(4, 1, 2, "cpu")
-    scheduler.kv_compression.compressor = SimpleNamespace(tape=tape)
+    runner = SimpleNamespace(kv_compression=SimpleNamespace(tape=tape))
     planning = RaggedBackend()
     planning.plans_on_host = True
     attach_tape(planning, tape)
@@ -241,17 +242,11 @@ def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) ->
         forward_mode=forward_mode("decode"), positions=torch.tensor([3, 4]), req_pool_indices=rows
     )
     theirs = SimpleNamespace(req_pool_indices_cpu=rows.clone())
-    hook_on(seams.POSITIONS)(batch, ForwardBatch, theirs, "runner")
+    hook_on(seams.POSITIONS)(batch, ForwardBatch, theirs, runner)
     assert batch.req_pool_indices_cpu is theirs.req_pool_indices_cpu
     host = tape.host
     attach_tape(planning, tape)
     assert host is not None and tape.host is host
-
-
-def test_positions_are_left_alone_while_the_engine_warms_up(scheduler: Any) -> None:
-    batch = SimpleNamespace(forward_mode=forward_mode("decode"), positions="untouched")
-    hook_on(seams.POSITIONS)(batch, ForwardBatch, None)
-    assert batch.positions == "untouched"
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

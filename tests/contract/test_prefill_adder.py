@@ -10,7 +10,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
-from tests.contract.engine import Engine, build_engine
+from tests.contract.engine import NUM_LAYERS, Engine, build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
@@ -74,7 +74,7 @@ def test_a_middle_chunk_reserves_nothing(engine: Engine, chunk: int) -> None:
 
 def test_the_last_of_many_chunks_reserves_the_whole_copy(engine: Engine) -> None:
     req = matched(engine, 200)
-    req.begin_prefill()
+    req.begin_prefill(NUM_LAYERS)
     req.prefix_len = 160  # its own chunks
     reserve = adder_of(engine)._request_slot_reserve_for_req(req, extend_input_len=40)
     assert reserve == CONFIG.rungs(200, engine.tree.page_size)[-1]

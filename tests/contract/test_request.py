@@ -10,11 +10,13 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.managers.request import CompressionPlan, LavaReq, SkipReason
+from lava_sglang.managers.compression_state import NO_PRESSURE, CompressionPlan, SkipReason
+from lava_sglang.managers.request import LavaReq
 from lava_sglang.metrics import CompressionStats
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
+LAYERS = 2
 CONFIG = KVCompressionConfig(
     method="snapkv", budget=0.25, min_tokens=100, window_size=32, scope="suffix"
 )
@@ -113,13 +115,16 @@ def test_a_request_that_is_kept_from_the_tree_is_not_compressed() -> None:
     req = request()
     req.skip_radix_cache_insert = True
     assert req.plan_for(0) is SkipReason.UNSUPPORTED_REQUEST
-    req.budget = 250  # then the flag is our own
+    req.skip_radix_cache_insert = False
+    req.begin_prefill(LAYERS)
+    req.take_tape(250)
+    req.skip_radix_cache_insert = True  # then the flag is our own
     assert isinstance(req.plan_for(0), CompressionPlan)
 
 
 def test_every_reason_is_shown() -> None:
     """Those that no plan gives are set by the coordinator."""
-    assert {reason.value for reason in SkipReason} == {
+    assert {NO_PRESSURE, *(reason.value for reason in SkipReason)} == {
         "disabled",
         "too_short",
         "parallel_samples",
@@ -145,18 +150,18 @@ def test_output_tokens_that_a_retraction_kept_are_part_of_the_prompt() -> None:
 def test_the_plan_is_fixed_at_the_first_chunk() -> None:
     req = request()
     req.prefix_len = 128
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.plan == CompressionPlan(1000, 128, (218,))
     req.prefix_len = 512  # its own chunk, in the tree by now
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.plan == CompressionPlan(1000, 128, (218,))
     assert req.copy_slots() == 218
 
 
 def test_a_skip_is_fixed_at_the_first_chunk() -> None:
     req = request(length=90)
-    req.begin_prefill()
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
+    req.begin_prefill(LAYERS)
     assert (req.plan, req.skip_reason) == (None, SkipReason.TOO_SHORT)
     assert req.copy_slots() == 0
 
@@ -165,8 +170,8 @@ def test_no_slots_are_kept_for_a_request_that_was_skipped() -> None:
     """Rounded to pages, the smaller rest of a later chunk may seem worth compressing."""
     config = with_config(budget=0.96, min_tokens=1)
     req = request(320, config, page_size=16)
-    req.begin_prefill()
-    assert req.skip_reason is SkipReason.BUDGET_COVERS_SUFFIX
+    req.begin_prefill(LAYERS)
+    assert req.skip_reason == SkipReason.BUDGET_COVERS_SUFFIX
     req.prefix_len = 15  # one chunk on
     assert isinstance(req.plan_for(15), CompressionPlan)
     assert req.copy_slots() == 0
@@ -215,9 +220,10 @@ def test_the_lower_limit_counts() -> None:
 def retracted(prefix_len: int, **kwargs: Any) -> LavaReq:
     req = request(**kwargs)
     req.prefix_len = prefix_len
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     req.extend_end = len(req.full_untruncated_fill_ids)
-    req.budget = None if req.plan is None else req.plan.rungs[0]
+    if req.plan is not None:
+        req.take_tape(req.plan.rungs[0])
     req.skip_radix_cache_insert = req.compressed
     req.output_ids.extend([1, 2, 3])
     req.kv.req_pool_idx = None
@@ -239,25 +245,25 @@ def test_a_retracted_request_owns_what_it_owned() -> None:
     assert req._compute_max_prefix_len(1003) == 1003 - 32
     req.prefix_len = 971
     assert req.copy_slots() == CONFIG.rungs(1003 - 256, 1)[-1]
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.plan == CompressionPlan(1003, 256, (187,))
 
 
 def test_a_retracted_request_whose_prefix_was_evicted_owns_more() -> None:
     req = retracted(256)
     req.prefix_len = 128
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.plan == CompressionPlan(1003, 128, (219,))
 
 
 def test_a_second_retraction_keeps_what_the_first_plan_owned() -> None:
     req = retracted(256)
     req.prefix_len = 971
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     req.reset_for_retract()
     req.refresh_fill_ids()
     req.prefix_len = 971
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.plan is not None and req.plan.shared_prefix_len == 256
 
 
@@ -270,7 +276,7 @@ def test_a_skipped_request_that_is_retracted_is_stock() -> None:
 def test_a_retraction_keeps_another_features_flag() -> None:
     req = request()
     req.skip_radix_cache_insert = True  # beam search, embed overrides
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     req.reset_for_retract()
     assert req.skip_radix_cache_insert is True
 
@@ -278,8 +284,8 @@ def test_a_retraction_keeps_another_features_flag() -> None:
 def test_info_of_a_compressed_request() -> None:
     req = request()
     req.prefix_len = 200
-    req.begin_prefill()
-    req.budget = 200
+    req.begin_prefill(LAYERS)
+    req.take_tape(200)
     assert req.info() == {
         "method": "snapkv",
         "status": "compressed",
@@ -293,7 +299,7 @@ def test_info_of_a_compressed_request() -> None:
 
 def test_info_of_a_skipped_request() -> None:
     req = request(length=90)
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     assert req.info() == {
         "method": "snapkv",
         "status": "skipped",
@@ -309,7 +315,7 @@ def test_info_says_why_a_long_prompt_is_too_short() -> None:
     """Its suffix is what counts: most of it came from the tree."""
     req = request(length=821)
     req.prefix_len = 799
-    req.begin_prefill()
+    req.begin_prefill(LAYERS)
     info = req.info()
     assert (info["reason"], info["shared_prefix_tokens"], info["suffix_tokens"]) == (
         "too_short",
@@ -338,15 +344,15 @@ def test_sglangs_health_check_is_not_counted() -> None:
     for rid in ("HEALTH_CHECK_1", "rid"):
         req = request(max_new_tokens=1)
         req.rid = rid
-        req.begin_prefill()
+        req.begin_prefill(LAYERS)
         stats.count(req)
     assert dict(stats.requests) == {"no_decode": 1}
 
 
 def test_info_of_a_request_that_was_planned_and_found_no_room() -> None:
     req = request()
-    req.begin_prefill()
-    req.skip_reason = SkipReason.NO_ROOM
+    req.begin_prefill(LAYERS)
+    req.skip_compression(SkipReason.NO_ROOM)
     info = req.info()
     assert (info["status"], info["reason"], info["slots_freed"]) == ("skipped", "no_room", 0)
 
@@ -405,8 +411,8 @@ def test_a_request_that_ended_by_its_settings_is_counted_as_aborted() -> None:
     """Not as too short: SGLang runs it with one token in place of its prompt."""
     req = request(custom_params={"kv_compression": {"budget": -1}})
     req.refresh_fill_ids()
-    req.begin_prefill()
-    assert req.skip_reason is SkipReason.ABORTED
+    req.begin_prefill(LAYERS)
+    assert req.skip_reason == SkipReason.ABORTED
 
 
 def test_settings_of_another_feature_in_custom_params_are_left_alone() -> None:

@@ -13,7 +13,8 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.common import release_kv_cache
 
-from lava_sglang.managers.request import LavaReq, SkipReason
+from lava_sglang.managers.compression_state import SkipReason
+from lava_sglang.managers.request import LavaReq
 from lava_sglang.mem_cache.row import alloc_slots, swap_in_private_slots
 from lava_sglang.methods import METHODS
 from tests.contract.engine import CONFIG, Engine, build_engine, running_batch

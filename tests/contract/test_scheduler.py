@@ -9,12 +9,11 @@ import pytest
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.managers.coordinator import KVCompressionCoordinator
+from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
-from lava_sglang.managers.scheduler import LavaScheduler
-from lava_sglang.metrics import StreamTimer
+from tests.contract.engine import build_engine
 
 pytestmark = pytest.mark.usefixtures("runtime_context")
 
@@ -39,8 +38,7 @@ def scheduler() -> Any:
     """Ours, before SGLang has built anything in it."""
     made = LavaScheduler.__new__(LavaScheduler, SimpleNamespace(kv_compression="random"))
     made.kv_compression_config = CONFIG
-    made.kv_compression = KVCompressionCoordinator(CONFIG)
-    made.kv_compression.compressor = SimpleNamespace(timer=StreamTimer("cpu"))
+    made.kv_compression = build_engine(config=CONFIG).coordinator
     made.page_size = 16
     made.prefill_decode_interval = 3
     made.running_batch = SimpleNamespace(reqs=[])
@@ -138,10 +136,10 @@ def test_sglang_gets_our_classes(scheduler: Any) -> None:
 
 
 def test_the_log_parts_tell_what_runs(scheduler: Any) -> None:
-    assert scheduler.kv_compression_log_parts() == ["#kv-comp-req: 0", "kv-comp slots saved: 0"]
+    assert scheduler.add_log_parts([]) == ["#kv-comp-req: 0", "kv-comp slots saved: 0"]
     plain = SimpleNamespace(compressed=False, plan=None)
     scheduler.running_batch.reqs = [running(300), plain, running(50)]
-    assert scheduler.kv_compression_log_parts() == ["#kv-comp-req: 2", "kv-comp slots saved: 350"]
+    assert scheduler.add_log_parts([]) == ["#kv-comp-req: 2", "kv-comp slots saved: 350"]
 
 
 def test_prometheus_is_told_with_the_log_line(scheduler: Any) -> None:
@@ -149,8 +147,8 @@ def test_prometheus_is_told_with_the_log_line(scheduler: Any) -> None:
     scheduler.running_batch.reqs = [running(300)]
     with scheduler.kv_compression.compressor.timer:
         pass
-    scheduler.kv_compression_log_parts()
-    scheduler.kv_compression_log_parts()
+    scheduler.add_log_parts([])
+    scheduler.add_log_parts([])
     assert [totals for totals, _ in series.observed] == [(1, 300)] * 2
     assert [len(seconds) for _, seconds in series.observed] == [1, 0]
 
@@ -172,7 +170,7 @@ def test_times_do_not_pile_up_where_nobody_reads_them(scheduler: Any) -> None:
         with scheduler.kv_compression.compressor.timer:
             pass
     assert len(scheduler.kv_compression.compressor.timer.pending) <= 1024
-    scheduler.kv_compression_log_parts()
+    scheduler.add_log_parts([])
     assert not scheduler.kv_compression.compressor.timer.pending
 
 

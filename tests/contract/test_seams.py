@@ -16,18 +16,18 @@ import sglang.srt.mem_cache.common as mem_cache_common
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-import lava_sglang.managers.scheduler as our_scheduler_module
 from lava_sglang.integration import plugin, refusals, seams
+from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.managers.request import LavaReq
-from lava_sglang.managers.scheduler import LavaScheduler
 
 PACKAGE = Path(plugin.__file__).parents[1]
 TARGETS = {seam.target for seam in seams.SEAMS}
 # What hands a hook to SGLang.
-HOOKING = (plugin, our_scheduler_module)
+HOOKING = (plugin,)
 # Modules with classes that stand in for, or extend, SGLang's in a server process.
 EXTENDING = [
     "integration.args",
+    "integration.scheduler",
     "attention.flashinfer",
     "attention.backends",
     "mem_cache.pool",
@@ -163,7 +163,6 @@ def test_hooks_are_only_added_where_this_test_looks() -> None:
     assert {str(path) for path in adding} == {
         "integration/hooks.py",
         "integration/plugin.py",
-        "managers/scheduler.py",
     }
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from lava_sglang.attention import device_state
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.kernels.reference import importance_ref, window_attention_ref
-from lava_sglang.managers import coordinator as coordinator_module
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.policy import method_of
 from tests.contract.engine import KV_HEADS, NUM_LAYERS, SCALING, Engine, build_engine, running_batch
@@ -209,6 +209,6 @@ def test_a_retracted_request_forgets_its_answers_tape(page_size: int) -> None:
 
 
 def test_queries_that_take_too_much_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "DECODE_QUERY_BYTES", 1000)
+    monkeypatch.setattr(device_state, "DECODE_QUERY_BYTES", 1000)
     with pytest.raises(KVCompressionError, match=r"decode_interval=20: the last 4 queries of"):
         build_engine(1, config=tails())

@@ -25,9 +25,9 @@ RANKS = {
     "config": 0,
     "methods": 0,
 }
-# The lifecycle reads the window that attention filled; the scheduler installs its own hooks; the
-# settings ask the table what a method takes.
-WITHIN_A_RANK = {("managers", "attention"), ("managers", "integration"), ("config", "methods")}
+# The lifecycle reads the window that attention filled; the memory plan counts by the policy's
+# settings; the settings ask the table what a method takes.
+WITHIN_A_RANK = {("managers", "attention"), ("config", "methods")}
 WITHOUT_SGLANG = ("kernels", "policy", "config", "methods")
 KERNEL_IMPORTS = {"torch", "triton", "lava_sglang"}
 CPU_KERNEL_IMPORTS = {"numba", "llvmlite", "numpy"}  # SGLang depends on numba

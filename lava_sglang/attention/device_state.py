@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compression keeps of a loaded model: its layers, and the tables beside its KV pool."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lava_sglang.attention.layers import attention_layers
+from lava_sglang.attention.window import DecodeQueries, WindowCapture
+from lava_sglang.config import KVCompressionConfig, KVCompressionError, refuse
+from lava_sglang.mem_cache.memory_plan import DECODE_QUERY_BYTES
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool, pool_reasons
+from lava_sglang.mem_cache.score_table import ScoreTable
+from lava_sglang.mem_cache.tape import TapeTable
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class DeviceState:
+    """One per ModelRunner, as `runner.kv_compression`: made when SGLang builds the attention
+    backend, when the pools exist and before a graph is captured.
+
+    capture: what each layer's extend hands its queries to. scaling: float32 [num_layers], factor on
+    the attention logits. scores: None without a ladder, nothing is trimmed then. decode_queries:
+    None without `decode_interval`.
+    """
+
+    def __init__(self, config: KVCompressionConfig, runner: ModelRunner):
+        """Raises KVCompressionError if the pool is not ours, or the tables take too much memory."""
+        refuse(pool_reasons(runner.token_to_kv_pool))
+        self.pool: LavaMHATokenToKVPool = runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.layers = attention_layers(runner.model)
+        device = self.pool.device
+        scaling = [layer.scaling for layer in self.layers]
+        self.scaling = torch.tensor(scaling, dtype=torch.float32, device=device)
+        self.capture = WindowCapture()
+        num_rows = self.req_to_token.shape[0]
+        shape = (self.pool.layer_num, self.pool.head_num, device)
+        self.tape = TapeTable(num_rows, *shape)
+        self.scores: ScoreTable | None = None
+        if config.has_ladder:
+            self.scores = ScoreTable(num_rows, self.pool.arena.shape[2], *shape)
+        self.decode_queries: DecodeQueries | None = None
+        if config.decode_interval is not None:
+            self.decode_queries = self._decode_queries(config, runner.model_config.dtype)
+
+    def _decode_queries(self, config: KVCompressionConfig, dtype: torch.dtype) -> DecodeQueries:
+        num_rows, window_size = self.req_to_token.shape[0], config.window_size
+        heads, head_dim = self.layers[0].tp_q_head_num, self.layers[0].qk_head_dim
+        shape = (num_rows, len(self.layers), window_size, heads, head_dim)
+        size = math.prod(shape) * dtype.itemsize
+        if size > DECODE_QUERY_BYTES:
+            raise KVCompressionError(
+                [
+                    f"--kv-compression-config decode_interval={config.decode_interval}: the last "
+                    f"{window_size} queries of {num_rows} requests take {size / 2**30:.1f} GiB, "
+                    f"accepts up to {DECODE_QUERY_BYTES / 2**30:.0f}: --max-running-requests "
+                    f"{DECODE_QUERY_BYTES * (num_rows - 1) // size} or a smaller window_size"
+                ]
+            )
+        return DecodeQueries(*shape, dtype, self.pool.device)
