@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lava_sglang.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lava_sglang"
 
@@ -24,6 +26,9 @@ RANKS = {
     "kernels": 0,
     "config": 0,
     "methods": 0,
+    "metrics": 0,
+    "frontend": 0,
+    "cpu_platform": 0,
 }
 # The lifecycle reads the window that attention filled; the memory plan counts by the policy's
 # settings; the settings ask the table what a method takes.
@@ -31,6 +36,7 @@ WITHIN_A_RANK = {("managers", "attention"), ("config", "methods")}
 WITHOUT_SGLANG = ("kernels", "policy", "config", "methods")
 KERNEL_IMPORTS = {"torch", "triton", "lava_sglang"}
 CPU_KERNEL_IMPORTS = {"numba", "llvmlite", "numpy"}  # SGLang depends on numba
+METHOD_FILES = {traits.path.partition(":")[0].rpartition(".")[2] for traits in METHODS.values()}
 SPDX = "# SPDX-License-Identifier: Apache-2.0"
 MAX_LINES = 500
 CATCH_ALL_NAMES = {"utils.py", "common.py", "helpers.py", "misc.py"}
@@ -102,6 +108,27 @@ def parts_imported(path: Path) -> Iterator[str]:
         part = rest.partition(".")[0]
         if package == "lava_sglang" and part in RANKS:
             yield part
+
+
+def package_modules() -> list[Path]:
+    """Every module of the package, not those of the symlinks' folders."""
+    return [
+        path for path in PYTHON_FILES if path.is_relative_to(PACKAGE) and path.name != "__init__.py"
+    ]
+
+
+def test_every_module_has_a_rank_and_a_place_on_the_map() -> None:
+    page = (PACKAGE / "README.md").read_text()
+    tree = page.partition("```\n")[2].partition("```")[0]
+    for path in package_modules():
+        name = path.relative_to(PACKAGE)
+        assert name.parts[0].removesuffix(".py") in RANKS, name
+        folder = f"{name.parts[0]}/" if len(name.parts) > 1 else ""
+        # A method's file, and what belongs to a tool, go by their folder.
+        if name.parts[0] == "tools" and len(name.parts) > 2:
+            assert f"{name.parts[1]}/" in tree, name
+        elif not (name.parts[0] == "policy" and name.stem in METHOD_FILES):
+            assert folder in tree and path.name in tree, name
 
 
 def test_the_finder_sees_every_form() -> None:
