@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in plain torch: what the fused kernels are tested against, and runs on any device."""
+"""Every op in plain torch, in the order of a prompt's life: score, split, select, compact, decode.
+
+The kernels are tested against it, and it runs on any device. The equations: policy/README.md.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
+
+# Score: how important each entry is.
 
 
 def window_attention_ref(
@@ -67,6 +72,189 @@ def span_pool_ref(scores: torch.Tensor, span: int) -> torch.Tensor:
     return F.max_pool1d(F.pad(scores, (span, 0))[None], span + 1, stride=1)[0]
 
 
+def finite_ref(numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers` with 0 in the place of each that is infinite or not a number. A new tensor."""
+    return numbers.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def importance_ref(
+    attention: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
+    group_reduce: str = "max",
+    value_norm: str = "head",
+) -> torch.Tensor:
+    """A score from one layer's attention, by the options of `window_scores.window_scores`.
+
+    attention: float32 [num_qo_heads, tokens]. values: [tokens, num_kv_heads, head_dim].
+    Returns float32 [num_kv_heads, tokens], all finite: what is not counts as 0, attention and norm
+    of a value each by itself.
+    """
+    values = values.float().transpose(0, 1)
+    num_kv_heads, num_tokens, _ = values.shape
+    if value_norm == "token":
+        group = attention.shape[0] // num_kv_heads
+        attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
+    attention = finite_ref(attention)
+    pooled = torch.maximum(
+        max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
+    )
+    grouped = pooled.view(num_kv_heads, -1, num_tokens)
+    score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
+    if value_norm == "head":
+        score = score * finite_ref(values.abs().sum(dim=-1)).amax(dim=-1, keepdim=True)
+    return finite_ref(score)
+
+
+def window_scores_ref(
+    queries: torch.Tensor,
+    arena: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    shared_prefix_len: int,
+    window_size: int,
+    scaling: float | torch.Tensor,
+    *,
+    query_weights: torch.Tensor | None = None,
+    root_mean_square: bool = False,
+    pool_width: int = 7,
+    span: int = 0,
+    span_share: float = 1.0,
+    group_reduce: str = "max",
+    value_norm: str = "head",
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
+    attend to, times how much its value can change the output."""
+    entries = arena if kv_dtype is None else arena.view(kv_dtype)
+    num_layers = arena.shape[0]
+    scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
+    scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
+    scores = []
+    for layer in range(num_layers):
+        attention = window_attention_ref(
+            queries[layer],
+            entries[layer, 0, prompt_slots],
+            scales[layer],
+            query_weights=query_weights,
+            root_mean_square=root_mean_square,
+        )
+        scores.append(
+            importance_ref(
+                attention[:, scored],
+                entries[layer, 1, prompt_slots[scored]],
+                pool_width=pool_width,
+                span=span,
+                span_share=span_share,
+                group_reduce=group_reduce,
+                value_norm=value_norm,
+            )
+        )
+    return torch.stack(scores)
+
+
+# Split: what each layer may keep.
+
+
+def layer_entropy_ref(scores: torch.Tensor) -> torch.Tensor:
+    """How evenly a layer's scores are spread over its heads and tokens: 0 one entry, 1 all equal.
+
+    scores: float32 [num_layers, num_kv_heads, tokens], non-negative. Returns float32 [num_layers];
+    0 where all scores are 0 or there is one entry. Source: LAVa, arXiv 2509.09754.
+    """
+    flat = scores.flatten(1)
+    total = flat.sum(dim=1, keepdim=True)
+    share = flat / total.where(total > 0, 1.0)
+    return torch.special.entr(share).sum(dim=1) / math.log(max(flat.shape[1], 2))
+
+
+def layer_split_ref(weights: list[float], total: int, cap: int) -> list[int]:
+    """`layer_split.layer_split`, seat by seat in exact arithmetic.
+
+    Each seat goes to the layer with the largest weight / (2 * seats + 1), ties to the lower.
+    """
+    shares = [max(1, min(round(Fraction(w) * 2**30), 2**30)) for w in weights]
+    queue = [(-Fraction(share), layer) for layer, share in enumerate(shares)]
+    heapq.heapify(queue)
+    seats = [0] * len(weights)
+    for _ in range(total):
+        _, layer = heapq.heappop(queue)
+        seats[layer] += 1
+        if seats[layer] < cap:
+            heapq.heappush(queue, (-Fraction(shares[layer], 2 * seats[layer] + 1), layer))
+    return seats
+
+
+# Select: which entries those are, and whose.
+
+
+def select_ref(
+    scores: torch.Tensor,
+    layer_counts: torch.Tensor,
+    first_token: int,
+    window_size: int,
+    head_floor: int | torch.Tensor = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`select.select` by stable sorts, one layer at a time. Returns (counts, offsets, tokens)."""
+    num_layers, num_kv_heads, num_scored = scores.shape
+    floors = torch.as_tensor(head_floor).expand(num_layers).tolist()
+    window = torch.arange(window_size) + first_token + num_scored
+    counts, tape = [], []
+    for layer, count in enumerate(layer_counts.tolist()):
+        floor = min(floors[layer], count // num_kv_heads, num_scored)
+        kept = torch.zeros(num_kv_heads, num_scored, dtype=torch.bool)
+        best = scores[layer].sort(dim=-1, descending=True, stable=True).indices
+        kept.scatter_(1, best[:, :floor], True)
+        order = scores[layer].flatten().sort(descending=True, stable=True).indices
+        rest = order[~kept.flatten()[order]]
+        kept.view(-1)[rest[: count - num_kv_heads * floor]] = True
+        for head in range(num_kv_heads):
+            tokens = torch.cat([kept[head].nonzero().flatten() + first_token, window])
+            counts.append(len(tokens))
+            tape.append(tokens)
+    n = torch.tensor(counts, dtype=torch.int32)
+    offsets = torch.cat([n.new_zeros(1), n.cumsum(0, dtype=torch.int32)])
+    return n.view(num_layers, num_kv_heads), offsets, torch.cat(tape).int()
+
+
+def tape_owners_ref(offsets: torch.Tensor) -> torch.Tensor:
+    """The column (layer * num_kv_heads + head) that each tape place belongs to.
+
+    offsets: integer [columns + 1], non-decreasing from 0. Returns int64 [offsets[-1]].
+    """
+    columns = torch.arange(len(offsets) - 1, device=offsets.device)
+    return columns.repeat_interleave(offsets.diff())
+
+
+# Compact: the kept entries onto the tape.
+
+
+def compact_ref(
+    arena: torch.Tensor,
+    src_slots: torch.Tensor,
+    dst_slots: torch.Tensor,
+    tape_tokens: torch.Tensor,
+    offsets: torch.Tensor,
+) -> None:
+    """`compact.compact`, one layer of the tape at a time. Mutates `arena`."""
+    num_kv_heads, head_dim = arena.shape[3:]
+    budget = len(dst_slots)
+    owners = tape_owners_ref(offsets)
+    for layer, tape in enumerate(torch.arange(len(tape_tokens)).split(num_kv_heads * budget)):
+        slots = src_slots[tape_tokens[tape].long()]
+        owner = owners[tape]
+        kept = arena[owner // num_kv_heads, :, slots, owner % num_kv_heads]
+        # [2, budget, num_kv_heads, head_dim]
+        arena[layer][:, dst_slots] = kept.view(num_kv_heads, budget, 2, head_dim).permute(
+            2, 1, 0, 3
+        )
+
+
+# Decode: attention over prefix, tape and tail.
+
+
 def ragged_decode_ref(
     q: torch.Tensor,
     arena: torch.Tensor,
@@ -116,15 +304,6 @@ def ragged_decode_ref(
     return out
 
 
-def tape_owners_ref(offsets: torch.Tensor) -> torch.Tensor:
-    """The column (layer * num_kv_heads + head) that each tape place belongs to.
-
-    offsets: integer [columns + 1], non-decreasing from 0. Returns int64 [offsets[-1]].
-    """
-    columns = torch.arange(len(offsets) - 1, device=offsets.device)
-    return columns.repeat_interleave(offsets.diff())
-
-
 def tape_pages_ref(
     pages: torch.Tensor,
     starts: torch.Tensor,
@@ -166,165 +345,3 @@ def exact_slots_ref(
         place = torch.arange(end - start, device=slots.device)
         position = place.where(place < prefix_lens[row], place + budgets[row])
         slots[start:end] = req_to_token[row, position]
-
-
-def compact_ref(
-    arena: torch.Tensor,
-    src_slots: torch.Tensor,
-    dst_slots: torch.Tensor,
-    tape_tokens: torch.Tensor,
-    offsets: torch.Tensor,
-) -> None:
-    """`compact.compact`, one layer of the tape at a time. Mutates `arena`."""
-    num_kv_heads, head_dim = arena.shape[3:]
-    budget = len(dst_slots)
-    owners = tape_owners_ref(offsets)
-    for layer, tape in enumerate(torch.arange(len(tape_tokens)).split(num_kv_heads * budget)):
-        slots = src_slots[tape_tokens[tape].long()]
-        owner = owners[tape]
-        kept = arena[owner // num_kv_heads, :, slots, owner % num_kv_heads]
-        # [2, budget, num_kv_heads, head_dim]
-        arena[layer][:, dst_slots] = kept.view(num_kv_heads, budget, 2, head_dim).permute(
-            2, 1, 0, 3
-        )
-
-
-def window_scores_ref(
-    queries: torch.Tensor,
-    arena: torch.Tensor,
-    prompt_slots: torch.Tensor,
-    shared_prefix_len: int,
-    window_size: int,
-    scaling: float | torch.Tensor,
-    *,
-    query_weights: torch.Tensor | None = None,
-    root_mean_square: bool = False,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
-    kv_dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
-    attend to, times how much its value can change the output."""
-    entries = arena if kv_dtype is None else arena.view(kv_dtype)
-    num_layers = arena.shape[0]
-    scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
-    scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
-    scores = []
-    for layer in range(num_layers):
-        attention = window_attention_ref(
-            queries[layer],
-            entries[layer, 0, prompt_slots],
-            scales[layer],
-            query_weights=query_weights,
-            root_mean_square=root_mean_square,
-        )
-        scores.append(
-            importance_ref(
-                attention[:, scored],
-                entries[layer, 1, prompt_slots[scored]],
-                pool_width=pool_width,
-                span=span,
-                span_share=span_share,
-                group_reduce=group_reduce,
-                value_norm=value_norm,
-            )
-        )
-    return torch.stack(scores)
-
-
-def importance_ref(
-    attention: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
-) -> torch.Tensor:
-    """A score from one layer's attention, by the options of `window_scores.window_scores`.
-
-    attention: float32 [num_qo_heads, tokens]. values: [tokens, num_kv_heads, head_dim].
-    Returns float32 [num_kv_heads, tokens], all finite: what is not counts as 0, attention and norm
-    of a value each by itself.
-    """
-    values = values.float().transpose(0, 1)
-    num_kv_heads, num_tokens, _ = values.shape
-    if value_norm == "token":
-        group = attention.shape[0] // num_kv_heads
-        attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
-    attention = finite_ref(attention)
-    pooled = torch.maximum(
-        max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
-    )
-    grouped = pooled.view(num_kv_heads, -1, num_tokens)
-    score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
-    if value_norm == "head":
-        score = score * finite_ref(values.abs().sum(dim=-1)).amax(dim=-1, keepdim=True)
-    return finite_ref(score)
-
-
-def finite_ref(numbers: torch.Tensor) -> torch.Tensor:
-    """`numbers` with 0 in the place of each that is infinite or not a number. A new tensor."""
-    return numbers.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def layer_entropy_ref(scores: torch.Tensor) -> torch.Tensor:
-    """How evenly a layer's scores are spread over its heads and tokens: 0 one entry, 1 all equal.
-
-    scores: float32 [num_layers, num_kv_heads, tokens], non-negative. Returns float32 [num_layers];
-    0 where all scores are 0 or there is one entry. Source: LAVa, arXiv 2509.09754.
-    """
-    flat = scores.flatten(1)
-    total = flat.sum(dim=1, keepdim=True)
-    share = flat / total.where(total > 0, 1.0)
-    return torch.special.entr(share).sum(dim=1) / math.log(max(flat.shape[1], 2))
-
-
-def layer_split_ref(weights: list[float], total: int, cap: int) -> list[int]:
-    """`layer_split.layer_split`, seat by seat in exact arithmetic.
-
-    Each seat goes to the layer with the largest weight / (2 * seats + 1), ties to the lower.
-    """
-    shares = [max(1, min(round(Fraction(w) * 2**30), 2**30)) for w in weights]
-    queue = [(-Fraction(share), layer) for layer, share in enumerate(shares)]
-    heapq.heapify(queue)
-    seats = [0] * len(weights)
-    for _ in range(total):
-        _, layer = heapq.heappop(queue)
-        seats[layer] += 1
-        if seats[layer] < cap:
-            heapq.heappush(queue, (-Fraction(shares[layer], 2 * seats[layer] + 1), layer))
-    return seats
-
-
-def select_ref(
-    scores: torch.Tensor,
-    layer_counts: torch.Tensor,
-    first_token: int,
-    window_size: int,
-    head_floor: int | torch.Tensor = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`select.select` by stable sorts, one layer at a time. Returns (counts, offsets, tokens)."""
-    num_layers, num_kv_heads, num_scored = scores.shape
-    floors = torch.as_tensor(head_floor).expand(num_layers).tolist()
-    window = torch.arange(window_size) + first_token + num_scored
-    counts, tape = [], []
-    for layer, count in enumerate(layer_counts.tolist()):
-        floor = min(floors[layer], count // num_kv_heads, num_scored)
-        kept = torch.zeros(num_kv_heads, num_scored, dtype=torch.bool)
-        best = scores[layer].sort(dim=-1, descending=True, stable=True).indices
-        kept.scatter_(1, best[:, :floor], True)
-        order = scores[layer].flatten().sort(descending=True, stable=True).indices
-        rest = order[~kept.flatten()[order]]
-        kept.view(-1)[rest[: count - num_kv_heads * floor]] = True
-        for head in range(num_kv_heads):
-            tokens = torch.cat([kept[head].nonzero().flatten() + first_token, window])
-            counts.append(len(tokens))
-            tape.append(tokens)
-    n = torch.tensor(counts, dtype=torch.int32)
-    offsets = torch.cat([n.new_zeros(1), n.cumsum(0, dtype=torch.int32)])
-    return n.view(num_layers, num_kv_heads), offsets, torch.cat(tape).int()

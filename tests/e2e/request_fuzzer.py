@@ -70,6 +70,7 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     if route == "/api/chat":
         return route, {**body, "messages": messages, "options": {"num_predict": 2}}
     if route == "/v1/responses":
+        del body["model"]  # it looks for its model
         return route, {**body, "input": text, "max_output_tokens": 2}
     return route, {**body, "messages": messages, "max_tokens": 2}
 

@@ -162,8 +162,15 @@ def test_the_engine_takes_settings(engine: Engine) -> None:
     ("route", "body"),
     [
         ("/v1/messages", {"max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}),
-        ("/api/chat", {"messages": [{"role": "user", "content": "Hello"}], "stream": False}),
-        ("/api/generate", {"prompt": "Hello", "stream": False}),
+        (
+            "/api/chat",
+            {
+                "messages": [{"role": "user", "content": "Hello"}],
+                "stream": False,
+                "options": {"num_predict": 4},
+            },
+        ),
+        ("/api/generate", {"prompt": "Hello", "stream": False, "options": {"num_predict": 4}}),
         ("/v1/responses", {"input": "Hello", "max_output_tokens": 4}),
     ],
 )
@@ -171,7 +178,7 @@ def test_routes_that_take_no_settings_say_so(
     server: Server, route: str, body: dict[str, Any]
 ) -> None:
     """They would drop them, and compress a request that asked not to be."""
-    body = {"model": "demo", **body}
+    body = body if route == "/v1/responses" else {"model": "demo", **body}  # it looks for its model
     off = {"custom_params": {"kv_compression": {"enabled": False}}}
     refused = httpx.post(server.url + route, json={**body, **off}, timeout=60)
     assert refused.status_code == 400
