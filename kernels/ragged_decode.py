@@ -21,6 +21,7 @@ from lava_sglang.kernels.arena import (
     loadable,
     typed_arena,
 )
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.reference import ragged_decode_ref
 
 LOG2E = 1.4426950408889634
@@ -98,12 +99,7 @@ def ragged_decode(
     q: torch.Tensor,
     arena: torch.Tensor,
     layer: int,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     scaling: float,
     out: torch.Tensor | None = None,
     *,
@@ -116,12 +112,7 @@ def ragged_decode(
 
     q: [bs, num_qo_heads, head_dim] fp16, bf16 or fp32, after RoPE; the batch stride is free.
     arena: [num_layers, 2, slots, num_kv_heads, head_dim], K and V, in q's dtype or fp8.
-    req_to_token: int32 [rows, max_context_len], slots of each request in order.
-    req_pool_indices: [bs] integer, the row of each request.
-    seq_lens: [bs] integer, physical lengths P + b + tail, the new token included.
-    prefix_lens: int32 [rows], P: exact entries before the tape.
-    budgets: int32 [rows], b: slots of the tape; 0 where uncompressed, then all of the row is read.
-    offsets: int32 [rows, num_layers * num_kv_heads + 1], first tape place of each (layer, head).
+    tables: where each request's entries are.
     scaling: factor on the logits. k_scale, v_scale: what the entries were divided by (fp8).
     kv_dtype: dtype of the entries where the arena is uint8.
     workspace: made for this model and at least this batch. Mutated.
@@ -130,8 +121,8 @@ def ragged_decode(
     """
     run = ragged_decode_triton if q.is_cuda else _on_cpu
     return run(
-        q, arena, layer, req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets,
-        scaling, out=out, k_scale=k_scale, v_scale=v_scale, kv_dtype=kv_dtype, workspace=workspace,
+        q, arena, layer, tables, scaling, out=out, k_scale=k_scale, v_scale=v_scale,
+        kv_dtype=kv_dtype, workspace=workspace,
     )  # fmt: skip
 
 
@@ -139,12 +130,7 @@ def ragged_decode_triton(
     q: torch.Tensor,
     arena: torch.Tensor,
     layer: int,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     scaling: float,
     out: torch.Tensor | None = None,
     *,
@@ -154,6 +140,7 @@ def ragged_decode_triton(
     workspace: DecodeWorkspace,
 ) -> torch.Tensor:
     """`ragged_decode` by the Triton kernels."""
+    req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets = tables
     arena = typed_arena(arena, kv_dtype)
     num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
     bs, num_qo_heads, _ = q.shape

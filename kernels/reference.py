@@ -13,6 +13,9 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
+from lava_sglang.kernels.batch_tables import BatchTables
+from lava_sglang.kernels.score_options import LAVA, ScoreOptions
+
 # Score: how important each entry is.
 
 
@@ -80,14 +83,9 @@ def finite_ref(numbers: torch.Tensor) -> torch.Tensor:
 def importance_ref(
     attention: torch.Tensor,
     values: torch.Tensor,
-    *,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
+    options: ScoreOptions = LAVA,
 ) -> torch.Tensor:
-    """A score from one layer's attention, by the options of `window_scores.window_scores`.
+    """A score from one layer's attention.
 
     attention: float32 [num_qo_heads, tokens]. values: [tokens, num_kv_heads, head_dim].
     Returns float32 [num_kv_heads, tokens], all finite: what is not counts as 0, attention and norm
@@ -95,16 +93,17 @@ def importance_ref(
     """
     values = values.float().transpose(0, 1)
     num_kv_heads, num_tokens, _ = values.shape
-    if value_norm == "token":
+    if options.value_norm == "token":
         group = attention.shape[0] // num_kv_heads
         attention = attention * values.norm(dim=-1).repeat_interleave(group, dim=0)
     attention = finite_ref(attention)
     pooled = torch.maximum(
-        max_pool_ref(attention, pool_width), span_share * span_pool_ref(attention, span)
+        max_pool_ref(attention, options.pool_width),
+        options.span_share * span_pool_ref(attention, options.span),
     )
     grouped = pooled.view(num_kv_heads, -1, num_tokens)
-    score = grouped.amax(dim=1) if group_reduce == "max" else grouped.mean(dim=1)
-    if value_norm == "head":
+    score = grouped.amax(dim=1) if options.group_reduce == "max" else grouped.mean(dim=1)
+    if options.value_norm == "head":
         score = score * finite_ref(values.abs().sum(dim=-1)).amax(dim=-1, keepdim=True)
     return finite_ref(score)
 
@@ -116,14 +115,8 @@ def window_scores_ref(
     shared_prefix_len: int,
     window_size: int,
     scaling: float | torch.Tensor,
+    options: ScoreOptions = LAVA,
     *,
-    query_weights: torch.Tensor | None = None,
-    root_mean_square: bool = False,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
@@ -138,18 +131,14 @@ def window_scores_ref(
             queries[layer],
             entries[layer, 0, prompt_slots],
             scales[layer],
-            query_weights=query_weights,
-            root_mean_square=root_mean_square,
+            query_weights=options.query_weights,
+            root_mean_square=options.root_mean_square,
         )
         scores.append(
             importance_ref(
                 attention[:, scored],
                 entries[layer, 1, prompt_slots[scored]],
-                pool_width=pool_width,
-                span=span,
-                span_share=span_share,
-                group_reduce=group_reduce,
-                value_norm=value_norm,
+                options,
             )
         )
     return torch.stack(scores)
@@ -259,12 +248,7 @@ def ragged_decode_ref(
     q: torch.Tensor,
     arena: torch.Tensor,
     layer: int,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     scaling: float,
     *,
     k_scale: float = 1.0,
@@ -272,6 +256,7 @@ def ragged_decode_ref(
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`ragged_decode.ragged_decode`, one request and head at a time, in float32."""
+    req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets = tables
     entries = arena if kv_dtype is None else arena.view(kv_dtype)
     num_kv_heads = arena.shape[3]
     group = q.shape[1] // num_kv_heads

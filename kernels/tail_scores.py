@@ -6,11 +6,10 @@ Plain torch on any device, one layer at a time: it runs once in hundreds of deco
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lava_sglang.kernels.reference import importance_ref, window_attention_ref
+from lava_sglang.kernels.score_options import LAVA, ScoreOptions
 from lava_sglang.kernels.trim import own_rows, tape_rows
 
 
@@ -23,10 +22,7 @@ def tail_scores(
     tail_slots: torch.Tensor,
     scaling: torch.Tensor,
     width: int,
-    *,
-    query_weights: torch.Tensor | None = None,
-    root_mean_square: bool = False,
-    **options: Any,
+    options: ScoreOptions = LAVA,
 ) -> torch.Tensor:
     """Importance of the entries on the tape and of those in the tail.
 
@@ -35,7 +31,7 @@ def tail_scores(
     prefix_slots, tape_slots, tail_slots: int64, row[:P], row[P : P + b] and the rest of the row.
     offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
     scaling: float32 [num_layers]. width: at least the longest piece of a head.
-    query_weights, root_mean_square, options: as of `window_scores.window_scores`.
+    options: how attention becomes a score.
     Returns float32 [num_layers, num_kv_heads, width + tail]: a head's piece up to `width` and its
     tail from there, neighbours as in the row; -inf where a head has no entry, inf in the window.
     Reads nothing back to the host.
@@ -62,13 +58,13 @@ def tail_scores(
             queries[layer],
             keys,
             scaling[layer],
-            query_weights=query_weights,
-            root_mean_square=root_mean_square,
+            query_weights=options.query_weights,
+            root_mean_square=options.root_mean_square,
             absent=absent.T,
         )
         scored = slice(prefix_len, len(keys) - window)
         present = values[scored].masked_fill(absent[scored][..., None], 0)
-        score = importance_ref(attention[:, scored], present, **options)
+        score = importance_ref(attention[:, scored], present, options)
         score = score.masked_fill(absent[scored].T, float("-inf"))
         scores.append(torch.nn.functional.pad(score, (0, window), value=float("inf")))
     assert tail_len >= window, (tail_len, window)

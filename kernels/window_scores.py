@@ -22,6 +22,7 @@ from lava_sglang.kernels.arena import (
     typed_arena,
 )
 from lava_sglang.kernels.reference import window_scores_ref
+from lava_sglang.kernels.score_options import LAVA, ScoreOptions
 
 LOG2E = 1.4426950408889634
 SCRATCH_BYTES = 64 << 20  # attention of the layers that are worked on together
@@ -35,14 +36,8 @@ def window_scores(
     shared_prefix_len: int,
     window_size: int,
     scaling: float | torch.Tensor,
+    options: ScoreOptions = LAVA,
     *,
-    query_weights: torch.Tensor | None = None,
-    root_mean_square: bool = False,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Importance of each scored entry: those of the suffix before its observation window.
@@ -53,23 +48,14 @@ def window_scores(
     prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
     scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
-    query_weights: float32 [window queries] with the sum 1, of the mean over them; None: all alike.
-    root_mean_square: the quadratic mean in place of the arithmetic one.
-    pool_width: odd; the maximum over so many neighbours, clipped to the scored tokens.
-    span, span_share: a token also lifts the `span` scored tokens after it, to span_share of its
-    own; span_share in (0, 1].
-    group_reduce: 'max' or 'mean', over the query heads of a KV head, after pooling.
-    value_norm: 'token', times the L2 norm of the token's value, before pooling; 'head', times the
-    largest L1 norm of the head's scored values; or 'none'.
+    options: how attention becomes a score. kv_dtype: of the entries where the arena is uint8.
     Returns float32 [num_layers, num_kv_heads, prompt_len - P - w], all finite: attention, and the
     norm of a value, that is infinite or not a number counts as 0. Reads nothing back to the host.
     Source: LAVa, arXiv 2509.09754 (max, head); SnapKV, arXiv 2404.14469 (mean, none).
     """
     run = window_scores_triton if arena.is_cuda else window_scores_ref
     return run(
-        queries, arena, prompt_slots, shared_prefix_len, window_size, scaling,
-        query_weights=query_weights, root_mean_square=root_mean_square, pool_width=pool_width,
-        span=span, span_share=span_share, group_reduce=group_reduce, value_norm=value_norm,
+        queries, arena, prompt_slots, shared_prefix_len, window_size, scaling, options,
         kv_dtype=kv_dtype,
     )  # fmt: skip
 
@@ -81,14 +67,8 @@ def window_scores_triton(
     shared_prefix_len: int,
     window_size: int,
     scaling: float | torch.Tensor,
+    options: ScoreOptions = LAVA,
     *,
-    query_weights: torch.Tensor | None = None,
-    root_mean_square: bool = False,
-    pool_width: int = 7,
-    span: int = 0,
-    span_share: float = 1.0,
-    group_reduce: str = "max",
-    value_norm: str = "head",
     kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`window_scores` by the Triton kernels."""
@@ -105,10 +85,6 @@ def window_scores_triton(
     assert 1 <= num_queries <= window_size, f"{num_queries} queries, a window of {window_size}"
     assert num_scored >= 1, f"{prompt_len} tokens, P={shared_prefix_len}, w={window_size}"
     assert prompt_slots.dtype == torch.int64, prompt_slots.dtype
-    assert pool_width % 2 == 1, f"pool_width={pool_width}: odd"
-    assert span >= 0 and 0 < span_share <= 1, f"span={span}, span_share={span_share}"
-    assert group_reduce in ("max", "mean"), group_reduce
-    assert value_norm in ("token", "head", "none"), value_norm
 
     device = arena.device
     data, e4m3_bits, factor = loadable(arena)
@@ -116,6 +92,7 @@ def window_scores_triton(
         scaling = torch.full((num_layers,), scaling, device=device)
     assert scaling.shape == (num_layers,) and scaling.dtype == torch.float32, scaling
     scaling = scaling * (factor * LOG2E)
+    query_weights = options.query_weights
     if query_weights is None:
         query_weights = torch.full((num_queries,), 1 / num_queries, device=device)
     assert query_weights.shape == (num_queries,) and query_weights.is_contiguous(), query_weights
@@ -137,15 +114,16 @@ def window_scores_triton(
         )
         _attend_scored(
             queries, data, prompt_slots, scaling,
-            _weigh(sums, query_weights, root_mean_square), attention,
+            _weigh(sums, query_weights, options.root_mean_square), attention,
             first_layer, layers, group, shared_prefix_len, arena_shape,
-            root_mean_square=root_mean_square, token_norm=value_norm == "token",
+            root_mean_square=options.root_mean_square,
+            token_norm=options.value_norm == "token",
         )  # fmt: skip
         # The number that a loaded value stands for is `factor` times itself.
         norms = torch.full(
-            (layers, num_kv_heads), factor if value_norm == "token" else 1.0, device=device
+            (layers, num_kv_heads), factor if options.value_norm == "token" else 1.0, device=device
         )
-        if value_norm == "head":
+        if options.value_norm == "head":
             scored_slots = prompt_slots[shared_prefix_len : prompt_len - window_size]
             norms = _value_norms(data, scored_slots, first_layer, layers, factor, arena_shape)
         _pool[(triton.cdiv(num_scored, 1024), num_kv_heads, layers)](
@@ -153,10 +131,10 @@ def window_scores_triton(
             norms,
             scores[first_layer:],
             num_scored,
-            POOL_WIDTH=pool_width,
-            SPAN=span,
-            SPAN_SHARE=span_share,
-            MEAN=group_reduce == "mean",
+            POOL_WIDTH=options.pool_width,
+            SPAN=options.span,
+            SPAN_SHARE=options.span_share,
+            MEAN=options.group_reduce == "mean",
             H=num_kv_heads,
             G=group,
             BLOCK_N=1024,

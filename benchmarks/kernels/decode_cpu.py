@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.kernels.shape import DTYPES, Shape, as_json, uneven_offsets
 from benchmarks.kernels.timing import Timing
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.mem_cache.arena import create_arena
 from lava_sglang.tools.machine import process_line, write_report
@@ -82,8 +83,11 @@ class Batch:
 
     def lava(self) -> None:
         ragged_decode_cpu(
-            self.q, self.arena, next(self.next_layer), self.req_to_token, self.requests,
-            self.seq_lens, self.prefix_lens, self.budgets, self.offsets,
+            self.q, self.arena, next(self.next_layer),
+            BatchTables(
+                self.req_to_token, self.requests, self.seq_lens, self.prefix_lens, self.budgets,
+                self.offsets,
+            ),
             self.shape.head_dim**-0.5, self.out,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.kernels.shape import DTYPES, Shape, as_json, uneven_offsets
 from benchmarks.kernels.timing import Timing
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
 from lava_sglang.tools.machine import process_line, write_report
 
@@ -80,9 +81,12 @@ class Batch:
 
     def lava(self, layer: int, budgets: torch.Tensor) -> None:
         ragged_decode(
-            self.q, self.arena, layer, self.req_to_token, self.requests, self.seq_lens,
-            self.prefix_lens, budgets, self.offsets, self.scaling, self.out,
-            workspace=self.workspace,
+            self.q, self.arena, layer,
+            BatchTables(
+                self.req_to_token, self.requests, self.seq_lens, self.prefix_lens, budgets,
+                self.offsets,
+            ),
+            self.scaling, self.out, workspace=self.workspace,
         )  # fmt: skip
 
     def flashinfer(self, module: Any) -> Callable[[int], object]:

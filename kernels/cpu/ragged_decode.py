@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.cpu import ragged_decode_jit as jit
 
 CHUNKS_PER_THREAD = 4  # so that a thread that was interrupted does not hold up the others
@@ -28,12 +29,7 @@ def ragged_decode_cpu(
     q: torch.Tensor,
     arena: torch.Tensor,
     layer: int,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     scaling: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -43,12 +39,7 @@ def ragged_decode_cpu(
         one to sixteen times num_kv_heads.
     arena: [num_layers, 2, slots, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous; K first.
     layer: index into the arena.
-    req_to_token: int32 [rows, max_context], the slots of each request in order.
-    req_pool_indices: int [batch], rows; the tables below are indexed by them.
-    seq_lens: int [batch], physical: prefix + budget + tail, this step's token included.
-    prefix_lens: int32 [rows], shared prefix P. Unused where the budget is 0.
-    budgets: int32 [rows], b, or 0 for a request that is not compressed.
-    offsets: int32 [rows, num_layers * num_kv_heads + 1], first tape place of each head.
+    tables: where each request's entries are.
     scaling: factor on the logits.
     out: [batch, num_qo_heads, head_dim], mutated and returned. Zeros where seq_lens is 0.
 
@@ -56,6 +47,7 @@ def ragged_decode_cpu(
     dtype that it cannot read; slots and lengths are not checked. The first call for a head shape
     compiles (see `compile_ragged_decode`).
     """
+    req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets = tables
     batch, num_qo_heads, head_dim = q.shape
     _, _, num_slots, num_kv_heads, _ = arena.shape
     _check(q, arena, req_to_token, offsets)
@@ -115,12 +107,14 @@ def compile_ragged_decode(
         q,
         arena,
         layer=0,
-        req_to_token=torch.zeros(1, 1, dtype=torch.int32),
-        req_pool_indices=torch.zeros(1, dtype=torch.int64),
-        seq_lens=torch.ones(1, dtype=torch.int64),
-        prefix_lens=table,
-        budgets=table,
-        offsets=torch.zeros(1, num_kv_heads + 1, dtype=torch.int32),
+        tables=BatchTables(
+            req_to_token=torch.zeros(1, 1, dtype=torch.int32),
+            req_pool_indices=torch.zeros(1, dtype=torch.int64),
+            seq_lens=torch.ones(1, dtype=torch.int64),
+            prefix_lens=table,
+            budgets=table,
+            offsets=torch.zeros(1, num_kv_heads + 1, dtype=torch.int32),
+        ),
         scaling=1.0,
         out=torch.empty_like(q),
     )

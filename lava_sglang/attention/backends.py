@@ -17,17 +17,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
 from lava_sglang.config import refuse
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode, shape_reasons
 from lava_sglang.mem_cache.memory_plan import largest_batch
 from lava_sglang.mem_cache.tape import TapeTable
-
-BatchTables = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]
-"""What a decode kernel reads of a batch: req_to_token, req_pool_indices, seq_lens, then the tape's
-prefix_lens, budgets, offsets."""
 
 
 class RaggedDecode:
@@ -76,7 +71,7 @@ class RaggedDecode:
     def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> BatchTables:
         """The kernel's view of the batch, in its order."""
         assert self.tape is not None
-        return (
+        return BatchTables(
             req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
@@ -154,7 +149,7 @@ class LavaAttnBackend(GpuRaggedDecode):
             queries,
             self.token_to_kv_pool.arena,
             layer.layer_id,
-            *self.tables(self.req_to_token, forward_batch),
+            self.tables(self.req_to_token, forward_batch),
             layer.scaling,
             workspace=self.workspace,
         )
@@ -194,7 +189,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
             queries,
             self.token_to_kv_pool.arena,
             layer.layer_id,
-            *self.tables(self.req_to_token_pool.req_to_token, forward_batch),
+            self.tables(self.req_to_token_pool.req_to_token, forward_batch),
             layer.scaling,
             out,
         )

@@ -211,7 +211,7 @@ class Compressor:
                 tail,
                 self.scaling,
                 width,
-                **method.window_options(window_size, slots.device),
+                method.score_options(window_size, slots.device),
             )
             kept = select_again(method, scores, offsets, window_size, budget)
             owner, index = tape_entries(kept)

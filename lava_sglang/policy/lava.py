@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from lava_sglang.kernels.layer_split import layer_entropy
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.policy.method import Method
 
 
@@ -21,9 +21,9 @@ class LAVa(Method):
     Source: arXiv 2509.09754.
     """
 
-    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+    def score_options(self, num_queries: int, device: torch.device) -> ScoreOptions:
         width = self.config.pool_width
-        return {"pool_width": width, "group_reduce": "max", "value_norm": "head"}
+        return ScoreOptions(pool_width=width, group_reduce="max", value_norm="head")
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
         return layer_entropy(scores)

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.policy.method import Method
 
 
@@ -29,14 +30,14 @@ class LAVaSpan(Method):
     span: ClassVar[int] = 16
     span_share: ClassVar[float] = 0.3
 
-    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+    def score_options(self, num_queries: int, device: torch.device) -> ScoreOptions:
         places = torch.arange(num_queries, device=device)
-        return {
-            "query_weights": (places / self.recency).softmax(dim=0),
-            "root_mean_square": True,
-            "pool_width": 1,
-            "span": self.span,
-            "span_share": self.span_share,
-            "group_reduce": "mean",
-            "value_norm": "token",
-        }
+        return ScoreOptions(
+            query_weights=(places / self.recency).softmax(dim=0),
+            root_mean_square=True,
+            pool_width=1,
+            span=self.span,
+            span_share=self.span_share,
+            group_reduce="mean",
+            value_norm="token",
+        )

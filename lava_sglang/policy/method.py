@@ -7,12 +7,13 @@ import pkgutil
 from abc import ABC
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.kernels.layer_split import uniform_weights
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.kernels.window_scores import window_scores
 from lava_sglang.methods import METHODS, MethodTraits
 from lava_sglang.policy.prompt import PromptView
@@ -44,10 +45,9 @@ class Method(ABC):
         head of a layer keeps equally many."""
         return self.traits.heads_compete and not self.config.uniform_heads
 
-    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
-        """How the window's attention becomes a score: the keywords of `window_scores`.
-
-        For a method that needs queries. num_queries: of the window, the oldest first.
+    def score_options(self, num_queries: int, device: torch.device) -> ScoreOptions:
+        """How the window's attention becomes a score, for a method that needs queries.
+        num_queries: of the window, the oldest first.
         """
         raise NotImplementedError(f"{type(self).__name__} scores by no queries")
 
@@ -64,7 +64,7 @@ class Method(ABC):
             prompt.shared_prefix_len,
             prompt.window_size,
             prompt.scaling,
-            **self.window_options(prompt.queries.shape[1], prompt.slots.device),
+            self.score_options(prompt.queries.shape[1], prompt.slots.device),
         )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.policy.method import Method
 
 
@@ -20,6 +20,6 @@ class SnapKV(Method):
     them before, which differs only where heads of a group peak at different tokens.
     """
 
-    def window_options(self, num_queries: int, device: torch.device) -> dict[str, Any]:
+    def score_options(self, num_queries: int, device: torch.device) -> ScoreOptions:
         width = self.config.pool_width
-        return {"pool_width": width, "group_reduce": "mean", "value_norm": "none"}
+        return ScoreOptions(pool_width=width, group_reduce="mean", value_norm="none")

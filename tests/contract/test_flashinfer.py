@@ -23,6 +23,7 @@ from lava_sglang.config import KVCompressionConfig
 from lava_sglang.config import KVCompressionError as Refused
 from lava_sglang.integration import refusals
 from lava_sglang.kernels import flashinfer_decode
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.flashinfer_decode import CALLS, MERGE, WRAPPER
 from lava_sglang.kernels.reference import ragged_decode_ref
 from lava_sglang.managers.request import LavaReq
@@ -182,8 +183,11 @@ def check_step(engine: Engine, backend: LavaFlashInferAttnBackend, model: Any) -
         q = torch.randn(len(rows), QUERY_HEADS * engine_module.HEAD_DIM)
         want = ragged_decode_ref(
             q.view(len(rows), QUERY_HEADS, -1), engine.pool.arena, layer.layer_id,
-            engine.rows.req_to_token, rows, lengths,
-            tape.prefix_lens, tape.budgets, tape.offsets, SCALING,
+            BatchTables(
+                engine.rows.req_to_token, rows, lengths, tape.prefix_lens, tape.budgets,
+                tape.offsets,
+            ),
+            SCALING,
         )  # fmt: skip
         got = backend.forward_decode(q, None, None, layer, batch)
         torch.testing.assert_close(got, want.flatten(1), rtol=1e-4, atol=1e-4)

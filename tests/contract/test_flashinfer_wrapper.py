@@ -107,8 +107,8 @@ def test_the_installed_wrapper_decodes_over_the_tape(batch: TapeBatch) -> None:
         decode.plan_exact(*tables, lengths - budgets)
         for layer in range(len(batch.arena)):
             want = ragged_decode_ref(
-                batch.q, batch.arena, layer, batch.req_to_token, rows, lengths,
-                batch.prefix_lens, batch.budgets, batch.offsets, batch.scaling,
+                batch.q, batch.arena, layer, batch.tables()._replace(seq_lens=lengths),
+                batch.scaling,
             )  # fmt: skip
             got = decode.run(batch.q, layer)
             torch.testing.assert_close(got, want, rtol=0, atol=1.6e-2)

@@ -61,21 +61,20 @@ def expected(engine: Engine, req: LavaReq, before: list[list[Head]]) -> list[lis
     end = len(req.origin_input_ids) + len(req.output_ids) - 1
     kept = []
     for layer, heads in enumerate(before):
-        options = method.window_options(WINDOW, torch.device("cpu"))
-        weighing = {
-            name: options.pop(name)
-            for name in ("query_weights", "root_mean_square")
-            if name in options
-        }
+        options = method.score_options(WINDOW, torch.device("cpu"))
         queries = engine.queries(req, end - WINDOW, end, layer)
         group = queries.shape[1] // KV_HEADS
         scores = []
         for head, (keys, values, _) in enumerate(heads):
             attention = window_attention_ref(
-                queries[:, head * group : (head + 1) * group], keys[:, None], SCALING, **weighing
+                queries[:, head * group : (head + 1) * group],
+                keys[:, None],
+                SCALING,
+                query_weights=options.query_weights,
+                root_mean_square=options.root_mean_square,
             )
             scored = slice(prefix_len, len(keys) - WINDOW)
-            scores.append(importance_ref(attention[:, scored], values[scored, None], **options)[0])
+            scores.append(importance_ref(attention[:, scored], values[scored, None], options)[0])
         # The tail's slots, and of what the piece held as many places as before.
         counts = [len(h.positions) - prefix_len - req.tail_len - WINDOW for h in heads]
         if not method.heads_compete:

@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Iterator[Server]:
-    settings = f'{{"decode_interval": {INTERVAL}, "window_size": {WINDOW}}}'
+    settings = f'{{"decode_interval": {INTERVAL}, "window_size": {WINDOW}, "scope": "suffix"}}'
     with start_server(
         *("--kv-compression", "lava", "--kv-compression-min-tokens", "100"),
         *("--kv-compression-config", settings),

@@ -49,8 +49,8 @@ def test_a_captured_graph_follows_the_tables() -> None:
     out = torch.empty_like(fixed.q)
 
     def step() -> None:
-        tables = fixed.tables().values()
-        ragged_decode(fixed.q, fixed.arena, 1, *tables, fixed.scaling, out, workspace=workspace)
+        tables = fixed.tables()
+        ragged_decode(fixed.q, fixed.arena, 1, tables, fixed.scaling, out, workspace=workspace)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -64,7 +64,7 @@ def test_a_captured_graph_follows_the_tables() -> None:
             getattr(fixed, name).copy_(getattr(batch, name))
         out.fill_(float("nan"))
         graph.replay()
-        want = ragged_decode_ref(batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+        want = ragged_decode_ref(batch.q, batch.arena, 1, batch.tables(), batch.scaling)
         torch.testing.assert_close(out, want, rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
@@ -75,7 +75,7 @@ def test_long_contexts(batch_size: int) -> None:
         for i in range(batch_size)
     ]
     batch = batch_on_gpu(requests, dtype=torch.bfloat16, kv_heads=2, head_dim=128)
-    args = (batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 1, batch.tables(), batch.scaling)
     got = ragged_decode(*args, workspace=workspace_for(batch))
     want = ragged_decode_ref(*args)
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[torch.bfloat16])
@@ -99,8 +99,8 @@ def test_flashinfer(dtype: torch.dtype, group: int, head_dim: int) -> None:
         decode.plan_exact(*tables, (batch.seq_lens[chosen] - budgets).cpu())
         for layer in range(2):
             want = ragged_decode_ref(
-                batch.q[chosen], batch.arena, layer, batch.req_to_token, rows,
-                batch.seq_lens[chosen], batch.prefix_lens, batch.budgets, batch.offsets,
+                batch.q[chosen], batch.arena, layer,
+                batch.tables()._replace(req_pool_indices=rows, seq_lens=batch.seq_lens[chosen]),
                 batch.scaling,
             )  # fmt: skip
             got = decode.run(batch.q[chosen], layer)

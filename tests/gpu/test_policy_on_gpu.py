@@ -100,7 +100,7 @@ def test_a_long_answer_compressed_reads_nothing_back() -> None:
         with no_host_read() if run else torch.no_grad():
             scores = tail_scores(
                 prompt.queries, prompt.arena, prefix, tape, offsets, tail, prompt.scaling, 900,
-                **method.window_options(WINDOW, slots.device),
+                method.score_options(WINDOW, slots.device),
             )  # fmt: skip
             kept = select_again(method, scores, offsets, WINDOW, BUDGET)
             owner, index = tape_entries(kept)
@@ -110,6 +110,6 @@ def test_a_long_answer_compressed_reads_nothing_back() -> None:
     scores_on_cpu = tail_scores(
         prompt.queries.cpu().float(), prompt.arena.cpu().float(), prefix.cpu(), tape.cpu(),
         offsets.cpu(), tail.cpu(), prompt.scaling.cpu(), 900,
-        **method.window_options(WINDOW, torch.device("cpu")),
+        method.score_options(WINDOW, torch.device("cpu")),
     )  # fmt: skip
     torch.testing.assert_close(scores.cpu(), scores_on_cpu, rtol=2e-2, atol=1e-4)

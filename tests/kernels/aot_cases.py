@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from lava_sglang.kernels.arena import as_bits
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.compact import compact_triton
 from lava_sglang.kernels.flashinfer_decode import exact_slots_triton, tape_pages_triton
 from lava_sglang.kernels.layer_split import layer_entropy_triton, layer_split_triton
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode_triton
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.kernels.select import select_triton
 from lava_sglang.kernels.trim import move_triton
 from lava_sglang.kernels.window_scores import window_scores_triton
@@ -79,12 +81,14 @@ def _decode(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
             torch.empty(bs, KV_HEADS * group, head_dim, dtype=_model_dtype(kv_dtype)),
             _arena(head_dim, kv_dtype),
             1,
-            torch.zeros(rows, 8192, dtype=torch.int32),
-            torch.zeros(bs, dtype=torch.int64),
-            torch.zeros(bs, dtype=torch.int64),
-            torch.zeros(rows, dtype=torch.int32),
-            torch.zeros(rows, dtype=torch.int32),
-            torch.zeros(rows, LAYERS * KV_HEADS + 1, dtype=torch.int32),
+            BatchTables(
+                torch.zeros(rows, 8192, dtype=torch.int32),
+                torch.zeros(bs, dtype=torch.int64),
+                torch.zeros(bs, dtype=torch.int64),
+                torch.zeros(rows, dtype=torch.int32),
+                torch.zeros(rows, dtype=torch.int32),
+                torch.zeros(rows, LAYERS * KV_HEADS + 1, dtype=torch.int32),
+            ),
             head_dim**-0.5,
             workspace=workspace,
         )
@@ -104,11 +108,13 @@ def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype, *, span: in
             64,
             WINDOW,
             head_dim**-0.5,
-            root_mean_square=span > 0,
-            pool_width=1 if span else 7,
-            span=span,
-            group_reduce="mean" if span else "max",
-            value_norm="token" if span else "head",
+            ScoreOptions(
+                root_mean_square=span > 0,
+                pool_width=1 if span else 7,
+                span=span,
+                group_reduce="mean" if span else "max",
+                value_norm="token" if span else "head",
+            ),
         )
 
     name = "span scores" if span else "scores"

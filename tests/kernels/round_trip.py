@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace
 from tests.kernels.device import generator
 
@@ -45,14 +46,14 @@ def check_round_trip(ops: Ops, *, head_floor: int = 0, seed: int = 0) -> None:
     row = torch.cat([prompt[:prefix], tape, tail_slots])
     # The suffix's exact entries may be overwritten now: nothing reads them.
     arena[:, :, prompt[prefix:]] = float("nan")
-    tables = {
-        "req_to_token": torch.stack([torch.zeros_like(row), row]).int(),
-        "req_pool_indices": torch.tensor([1]),
-        "seq_lens": torch.tensor([len(row)]),
-        "prefix_lens": torch.tensor([0, prefix], dtype=torch.int32),
-        "budgets": torch.tensor([0, budget], dtype=torch.int32),
-        "offsets": torch.stack([torch.zeros_like(kept.offsets), kept.offsets]),
-    }
+    tables = BatchTables(
+        req_to_token=torch.stack([torch.zeros_like(row), row]).int(),
+        req_pool_indices=torch.tensor([1]),
+        seq_lens=torch.tensor([len(row)]),
+        prefix_lens=torch.tensor([0, prefix], dtype=torch.int32),
+        budgets=torch.tensor([0, budget], dtype=torch.int32),
+        offsets=torch.stack([torch.zeros_like(kept.offsets), kept.offsets]),
+    )
     workspace = DecodeWorkspace(
         1,
         heads * group,
@@ -65,7 +66,7 @@ def check_round_trip(ops: Ops, *, head_floor: int = 0, seed: int = 0) -> None:
     )
     q = torch.randn(1, heads * group, head_dim, generator=g)
     for layer in range(layers):
-        got = ops.ragged_decode(q, arena, layer, **tables, scaling=scaling, workspace=workspace)
+        got = ops.ragged_decode(q, arena, layer, tables, scaling, workspace=workspace)
         for head in range(heads):
             first, end = kept.offsets[layer * heads + head :][:2].tolist()
             tokens = kept.tape_tokens[first:end].long()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lava_sglang.kernels.batch_tables import BatchTables
 from tests.kernels.device import generator
 
 
@@ -37,9 +38,8 @@ class TapeBatch:
     offsets: torch.Tensor
     scaling: float
 
-    def tables(self) -> dict[str, torch.Tensor]:
-        names = ("req_to_token", "req_pool_indices", "seq_lens")
-        return {n: getattr(self, n) for n in (*names, "prefix_lens", "budgets", "offsets")}
+    def tables(self) -> BatchTables:
+        return BatchTables(*(getattr(self, name) for name in BatchTables._fields))
 
 
 def tape_batch(

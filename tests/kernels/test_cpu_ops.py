@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 
@@ -81,12 +82,14 @@ class Tape:
             q,
             self.arena,
             layer,
-            self.req_to_token,
-            torch.tensor(rows),
-            torch.tensor([self.seq_lens[row] for row in rows]),
-            self.prefix_lens,
-            self.budgets,
-            self.offsets,
+            BatchTables(
+                self.req_to_token,
+                torch.tensor(rows),
+                torch.tensor([self.seq_lens[row] for row in rows]),
+                self.prefix_lens,
+                self.budgets,
+                self.offsets,
+            ),
             self.head_dim**-0.5,
             torch.full_like(q, math.nan),
         )

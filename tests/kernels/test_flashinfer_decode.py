@@ -53,9 +53,7 @@ def check(batch: TapeBatch, decode: FlashInferDecode | None = None) -> None:
     decode = decode or decode_over(batch)
     plan(decode, batch)
     for layer in range(len(batch.arena)):
-        want = ragged_decode_ref(
-            batch.q, batch.arena, layer, *batch.tables().values(), batch.scaling
-        )
+        want = ragged_decode_ref(batch.q, batch.arena, layer, batch.tables(), batch.scaling)
         got = decode.run(batch.q, layer)
         torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[batch.q.dtype])
 
@@ -151,9 +149,7 @@ def test_a_longer_tail_needs_no_new_plan_of_the_tape() -> None:
     )  # fmt: skip
     assert [w.plans for w in (decode.exact, *decode.tape)] == [2, 1, 1]
     for layer in (0, 1):
-        want = ragged_decode_ref(
-            batch.q, batch.arena, layer, *batch.tables().values(), batch.scaling
-        )
+        want = ragged_decode_ref(batch.q, batch.arena, layer, batch.tables(), batch.scaling)
         torch.testing.assert_close(decode.run(batch.q, layer), want, rtol=0, atol=2e-3)
 
 

@@ -10,6 +10,7 @@ from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.layer_split import layer_entropy, layer_split
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
 from lava_sglang.kernels.reference import ragged_decode_ref
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.kernels.select import select
 from lava_sglang.kernels.window_scores import window_scores
 from tests.kernels.round_trip import Ops, check_round_trip
@@ -27,7 +28,7 @@ def test_round_trip(seed: int, head_floor: int) -> None:
 def test_decode_writes_the_output_it_is_given() -> None:
     batch = tape_batch([Request(3, 4, 5)], padding_rows=1)
     workspace = DecodeWorkspace(2, 8, 2, 64, "cpu")
-    args = (batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 1, batch.tables(), batch.scaling)
     out = torch.empty_like(batch.q)
     assert ragged_decode(*args, out, workspace=workspace) is out
     assert torch.equal(out, ragged_decode_ref(*args))
@@ -36,7 +37,7 @@ def test_decode_writes_the_output_it_is_given() -> None:
 def test_even_tape_is_the_stock_layout() -> None:
     """With b entries in every head, place by place, decode reads the row as SGLang would."""
     batch = tape_batch([Request(5, 12, 3, "even")], dtype=torch.float32)
-    args = (batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 1, batch.tables(), batch.scaling)
     ragged = ragged_decode_ref(*args)
     batch.budgets.zero_()
     assert torch.equal(batch.budgets, torch.zeros_like(batch.budgets))
@@ -70,7 +71,7 @@ def test_scores_term_by_term(group_reduce: str) -> None:
     q = torch.randn(layers, queries, heads * group, 16, generator=g)
     slots = torch.randperm(30, generator=g)[:prompt_len]
     got = window_scores(
-        q, arena, slots, prefix, window, 0.3, pool_width=3, group_reduce=group_reduce
+        q, arena, slots, prefix, window, 0.3, ScoreOptions(pool_width=3, group_reduce=group_reduce)
     )
     first, last = prefix, prompt_len - window
     for layer in range(layers):

@@ -29,7 +29,7 @@ def workspace_for(batch: TapeBatch, num_programs: int = 6) -> DecodeWorkspace:
 
 
 def check(batch: TapeBatch, layer: int = 1, num_programs: int = 6, **scales: object) -> None:
-    args = (batch.q, batch.arena, layer, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, layer, batch.tables(), batch.scaling)
     got = ragged_decode_triton(*args, workspace=workspace_for(batch, num_programs), **scales)
     want = ragged_decode_ref(*args, **scales)
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[batch.q.dtype])
@@ -64,7 +64,7 @@ def test_cut(cut: str | list[int]) -> None:
 
 def test_head_without_entries_gives_zeros() -> None:
     batch = tape_batch([Request(0, 10, 0, "first")])
-    args = (batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 1, batch.tables(), batch.scaling)
     out = ragged_decode_triton(*args, workspace=workspace_for(batch))
     assert torch.equal(out, torch.zeros_like(out))
 
@@ -83,7 +83,7 @@ def test_long_head_gets_more_chunks() -> None:
     batch = tape_batch([Request(0, 100, 0, [397, 1, 1, 1])], group=1)
     workspace = workspace_for(batch)
     ragged_decode_triton(
-        batch.q, batch.arena, 0, *batch.tables().values(), batch.scaling, workspace=workspace
+        batch.q, batch.arena, 0, batch.tables(), batch.scaling, workspace=workspace
     )
     chunks = workspace.lse.view(2, -1).isfinite().sum(dim=1)
     assert chunks.tolist() == [4, 1]
@@ -94,7 +94,7 @@ def test_output_and_strided_queries() -> None:
     qkv = torch.randn(len(MIXED), 3, *batch.q.shape[1:]).half()
     batch.q = qkv[:, 1]
     out = torch.empty(batch.q.shape, dtype=torch.float16)
-    args = (batch.q, batch.arena, 1, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 1, batch.tables(), batch.scaling)
     assert ragged_decode_triton(*args, out, workspace=workspace_for(batch)) is out
     torch.testing.assert_close(out, ragged_decode_ref(*args), rtol=0, atol=1.5e-3)
 
@@ -122,7 +122,7 @@ def test_every_e4m3_value_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     values[values & 0x7F == 0x7F] = 0  # NaN
     batch.arena = torch.zeros(1, 2, 21, 1, 64, dtype=torch.uint8)
     batch.arena[0, 1, batch.req_to_token[batch.req_pool_indices, 0].long(), 0] = values
-    args = (batch.q, batch.arena, 0, *batch.tables().values(), batch.scaling)
+    args = (batch.q, batch.arena, 0, batch.tables(), batch.scaling)
     out = ragged_decode_triton(*args, workspace=workspace_for(batch), kv_dtype=torch.float8_e4m3fn)
     assert torch.equal(out[:, 0], values.view(torch.float8_e4m3fn).half())
 
@@ -159,5 +159,5 @@ def test_refuses_bad_tensors(field: str, value: torch.Tensor) -> None:
     setattr(batch, field, value)
     with pytest.raises(AssertionError):
         ragged_decode_triton(
-            batch.q, batch.arena, 0, *batch.tables().values(), batch.scaling, workspace=workspace
+            batch.q, batch.arena, 0, batch.tables(), batch.scaling, workspace=workspace
         )

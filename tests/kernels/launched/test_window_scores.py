@@ -13,6 +13,7 @@ from lava_sglang.kernels.reference import (
     select_ref,
     window_scores_ref,
 )
+from lava_sglang.kernels.score_options import ScoreOptions
 from lava_sglang.kernels.select import select_triton
 from lava_sglang.kernels.window_scores import window_scores_triton
 from tests.kernels.device import DTYPES, generator
@@ -49,8 +50,10 @@ def check(
     if "recency" in options:
         places = torch.arange(inputs[0].shape[1], dtype=torch.float32)
         options["query_weights"] = (places / options.pop("recency")).softmax(0)
-    got = window_scores_triton(*args, **options)
-    want = window_scores_ref(*args, **options)
+    kv_dtype = options.pop("kv_dtype", None)
+    scored = ScoreOptions(**options)
+    got = window_scores_triton(*args, scored, kv_dtype=kv_dtype)
+    want = window_scores_ref(*args, scored, kv_dtype=kv_dtype)
     assert want.shape[2] == len(inputs[2]) - prefix - window
     torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
 
@@ -83,8 +86,9 @@ def test_what_is_not_finite_scores_nothing(place: str, number: float, value_norm
     else:
         arena[1, 0 if place == "key" else 1, at, 0, 5] = number
     args = (*inputs, 21, 8, 0.125)
-    got = window_scores_triton(*args, value_norm=value_norm)
-    want = window_scores_ref(*args, value_norm=value_norm)
+    options = ScoreOptions(value_norm=value_norm)
+    got = window_scores_triton(*args, options)
+    want = window_scores_ref(*args, options)
     assert got.isfinite().all() and want.isfinite().all()
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-7)
     assert (got[[0, 2]] > 0).all() and (got[1, 1] > 0).any()
