@@ -178,7 +178,7 @@ def test_routes_that_take_no_settings_say_so(
     server: Server, route: str, body: dict[str, Any]
 ) -> None:
     """They would drop them, and compress a request that asked not to be."""
-    body = body if route == "/v1/responses" else {"model": "demo", **body}  # it looks for its model
+    body = {"model": server.server_info()["served_model_name"], **body}
     off = {"custom_params": {"kv_compression": {"enabled": False}}}
     refused = httpx.post(server.url + route, json={**body, **off}, timeout=60)
     assert refused.status_code == 400
