@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every place where we touch SGLang 0.5.23, with the parameters we count on.
+"""Every callable of SGLang 0.5.23 that we replace, hook, override or call, with the parameters we
+count on. What we read of its objects is in `reads.py`.
 
 `refusals.seam_reasons` compares them with the installed SGLang before a server starts.
 """

@@ -24,6 +24,7 @@ from tests.e2e.client import (
 )
 from tests.e2e.conftest import BEAM_PROMPT, MAX_NEW_TOKENS, WINDOW, StartServer, StockAnswers
 from tests.e2e.prompts import cut
+from tests.e2e.soak import Report, Traffic, check_idle, checkable, compare, run_traffic
 from tests.oracle import Oracle, Prefill, assert_same_tokens
 from tests.oracle_keep import KEEP
 
@@ -235,3 +236,15 @@ def test_nothing_leaks_at_idle(server: Server) -> None:
     server.flush_cache()
     assert_no_leak(server.url)
     assert stats(server.url)["evictable_slots"] == 0
+
+
+def test_a_short_soak(server: Server, oracle: Oracle, tokens: list[int]) -> None:
+    """What `make soak` does for an hour, on one kind of server: everything at once."""
+    report = Report("lava, scope suffix")
+    traffic = Traffic(server.url, tokens, 5, report)
+    run_traffic(traffic, seconds=90, clients=4, most=40)
+    check_idle(server.url, report)
+    assert report.problems == [] and report.leaked_slots == 0
+    for one in list(checkable(traffic.answered, fixed=True))[:8]:
+        compare(oracle, one, report)
+    assert report.wrong == [] and sum(report.compared.values()) >= 4
