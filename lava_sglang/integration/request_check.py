@@ -59,7 +59,7 @@ def _custom_params(body: Any) -> Iterator[Any]:
 def check_openai(original: Any, serving: Any, request: Any) -> str | None:
     """AROUND hook on `_validate_request` of an OpenAI route: a message, or None."""
     message: str | None = original(serving, request)
-    return message or settings_error(request.custom_params)
+    return message or settings_error(getattr(request, "custom_params", None))
 
 
 async def refuse_settings(original: Any, serving: Any, request: Any, raw_request: Any) -> Any:
