@@ -42,12 +42,17 @@ STRICT = {
 
 
 class Kind(NamedTuple):
-    """A server. fixed: its compressed answers are those of one choice, made after the prefill."""
+    """A server.
+
+    fixed: its compressed answers are those of one choice, made after the prefill. beams: whether
+    SGLang serves beam search there.
+    """
 
     name: str
     options: tuple[str, ...]
     config: dict[str, Any]
     fixed: bool = False
+    beams: bool = True
 
 
 KINDS = (
@@ -69,6 +74,7 @@ KINDS = (
             *("--chunked-prefill-size", "256", "--prefill-decode-interval", "2"),
         ),
         {"trigger": "pressure"},
+        beams=False,
     ),
     Kind(
         "snapkv, scope suffix, lpm",
@@ -109,7 +115,9 @@ class Report:
 class Traffic:
     """What the clients of one server send. Thread-safe by a lock on what they share."""
 
-    def __init__(self, url: str, tokens: Sequence[int], seed: int, report: Report) -> None:
+    def __init__(
+        self, url: str, tokens: Sequence[int], seed: int, report: Report, beams: bool = True
+    ) -> None:
         self.url = url
         self.tokens = tokens
         self.rng = random.Random(seed)
@@ -117,6 +125,7 @@ class Traffic:
         # SGLang 0.5.23 itself ends the scheduler if a beam runs when generation is paused so.
         self.beam_or_pause = threading.Lock()
         self.report = report
+        self.beams = beams
         self.answered: list[Answered] = []
         self.documents = [self._text(random.Random(seed + i).randrange(200, 700)) for i in range(4)]
         self.recent: list[list[int]] = [*self.documents]
@@ -129,7 +138,7 @@ class Traffic:
     def one(self) -> None:
         """One action of one client."""
         actions = {
-            self.ask: 60, self.leave_a_stream: 10, self.samples: 4, self.beam: 3,
+            self.ask: 60, self.leave_a_stream: 10, self.samples: 4, self.beam: 3 * self.beams,
             self.odd: 14, self.chat_route: 6, self.flush: 1, self.pause: 1,
         }  # fmt: skip
         with self.lock:
@@ -299,7 +308,7 @@ def soak(
     options += ["--kv-compression-config", json.dumps(kind.config)]
     started = time.monotonic()
     with Server(options, env=STRICT) as server:
-        traffic = Traffic(server.url, tokens, seed, report)
+        traffic = Traffic(server.url, tokens, seed, report, kind.beams)
         run_traffic(traffic, 60 * arguments.minutes / len(KINDS), arguments.clients)
         with ServerClient(server.url) as client:
             if client.is_ready():
