@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from lava_sglang.kernels.arena import check_arena, entry_place
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.reference import exact_slots_ref, tape_pages_ref
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -133,27 +134,26 @@ class FlashInferDecode:
 
     def plan_tape(
         self,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        budgets: torch.Tensor,
-        offsets: torch.Tensor,
+        tables: BatchTables,
         offsets_cpu: torch.Tensor,
     ) -> None:
         """Plan every layer for a batch of requests; `run` then needs the same batch.
 
-        Tables as in `ragged_decode`. offsets_cpu: int32 [bs, num_layers * num_kv_heads + 1] on the
+        offsets_cpu: int32 [bs, num_layers * num_kv_heads + 1] on the
         host, the batch's rows of `offsets`; zeros for a request that is not compressed.
         """
-        bs = len(req_pool_indices)
+        bs = len(tables.req_pool_indices)
         layout = TapeLayout(offsets_cpu, self.num_layers, self.num_kv_heads)
         self.tape_lens = layout.layer_lens
         if not any(self.tape_lens):
             return
         tape_pages(
-            self.pages, layout.starts.to(self.arena.device, non_blocking=True), self.arena,
-            req_to_token, req_pool_indices, prefix_lens, budgets, offsets, layout.longest,
-        )  # fmt: skip
+            self.pages,
+            layout.starts.to(self.arena.device, non_blocking=True),
+            self.arena,
+            tables,
+            layout.longest,
+        )
         self.on_tape = layout.on_tape.to(self.arena.device, non_blocking=True)
         pages = self.pages.split([*self.tape_lens, len(self.pages) - sum(self.tape_lens)])
         with self.planning_tape:
@@ -164,10 +164,7 @@ class FlashInferDecode:
 
     def plan_exact(
         self,
-        req_to_token: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        prefix_lens: torch.Tensor,
-        budgets: torch.Tensor,
+        tables: BatchTables,
         exact_lens_cpu: torch.Tensor,
     ) -> None:
         """Plan prefix and tail of this step, for all layers.
@@ -180,9 +177,11 @@ class FlashInferDecode:
         indptr[1:] = exact_lens_cpu.cumsum(0)
         slots = torch.empty(int(indptr[-1]), dtype=torch.int32, device=self.arena.device)
         exact_slots(
-            slots, indptr.to(self.arena.device, non_blocking=True), req_to_token, req_pool_indices,
-            prefix_lens, budgets, int(exact_lens_cpu.max()),
-        )  # fmt: skip
+            slots,
+            indptr.to(self.arena.device, non_blocking=True),
+            tables,
+            int(exact_lens_cpu.max()),
+        )
         with self.planning_exact:
             self._plan(self.exact, indptr, slots, bs, self.num_kv_heads)
 
@@ -213,8 +212,9 @@ class FlashInferDecode:
         budget = torch.ones(1, dtype=torch.int32, device=device)
         slots = torch.zeros(1, 2, dtype=torch.int32, device=device)
         even = torch.arange(columns + 1, dtype=torch.int32)[None]
-        self.plan_tape(slots, row, row, budget, even.to(device), even)
-        self.plan_exact(slots, row, row, budget, torch.ones(1, dtype=torch.int32))
+        tables = BatchTables(slots, row, budget + 1, row, budget, even.to(device))
+        self.plan_tape(tables, even)
+        self.plan_exact(tables, torch.ones(1, dtype=torch.int32))
         shape = (1, self.num_qo_heads, self.head_dim)
         self.run(torch.zeros(shape, dtype=self.arena.dtype, device=device), 0)
 
@@ -308,37 +308,28 @@ def tape_pages(
     pages: torch.Tensor,
     starts: torch.Tensor,
     arena: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """List where each head's tape entries are in `arena.view(-1, head_dim)`: their K rows.
 
     pages: int32 [any], mutated. starts: int64 [num_layers, bs], place in it of a request's first
     page of a layer; its heads follow one another. longest: most pages of a request in a layer.
-    Tables as in `ragged_decode`; a request whose budget is 0 has no page.
+    A request whose budget is 0 has no page.
     """
     run = tape_pages_triton if pages.is_cuda else tape_pages_ref
-    run(
-        pages, starts, arena, req_to_token, req_pool_indices, prefix_lens, budgets, offsets, longest
-    )
+    run(pages, starts, arena, tables, longest)
 
 
 def tape_pages_triton(
     pages: torch.Tensor,
     starts: torch.Tensor,
     arena: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """`tape_pages` by the Triton kernel."""
+    req_to_token, req_pool_indices, _, prefix_lens, budgets, offsets = tables
     num_layers, slots, num_kv_heads, _ = check_arena(arena)
     bs = len(req_pool_indices)
     assert starts.shape == (num_layers, bs) and starts.is_contiguous(), starts.shape
@@ -366,10 +357,7 @@ def tape_pages_triton(
 def exact_slots(
     slots: torch.Tensor,
     indptr: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """List the slots of each request's prefix and tail, the row without its tape.
@@ -378,19 +366,17 @@ def exact_slots(
     longest: the most of them. Where a budget is 0 all of the row is listed.
     """
     run = exact_slots_triton if slots.is_cuda else exact_slots_ref
-    run(slots, indptr, req_to_token, req_pool_indices, prefix_lens, budgets, longest)
+    run(slots, indptr, tables, longest)
 
 
 def exact_slots_triton(
     slots: torch.Tensor,
     indptr: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """`exact_slots` by the Triton kernel."""
+    req_to_token, req_pool_indices, _, prefix_lens, budgets, _ = tables
     bs = len(req_pool_indices)
     assert indptr.shape == (bs + 1,), indptr.shape
     assert slots.dtype == indptr.dtype == req_to_token.dtype == torch.int32

@@ -293,14 +293,11 @@ def tape_pages_ref(
     pages: torch.Tensor,
     starts: torch.Tensor,
     arena: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
-    offsets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """`flashinfer_decode.tape_pages`, one request and layer at a time. Mutates `pages`."""
+    req_to_token, req_pool_indices, _, prefix_lens, budgets, offsets = tables
     num_layers, _, slots, num_kv_heads, _ = arena.shape
     for i, row in enumerate(req_pool_indices.tolist()):
         prefix_len, budget = int(prefix_lens[row]), int(budgets[row])
@@ -318,13 +315,11 @@ def tape_pages_ref(
 def exact_slots_ref(
     slots: torch.Tensor,
     indptr: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    budgets: torch.Tensor,
+    tables: BatchTables,
     longest: int,
 ) -> None:
     """`flashinfer_decode.exact_slots`, one request at a time. Mutates `slots`."""
+    req_to_token, req_pool_indices, _, prefix_lens, budgets, _ = tables
     for i, row in enumerate(req_pool_indices.tolist()):
         start, end = indptr[i : i + 2].tolist()
         place = torch.arange(end - start, device=slots.device)

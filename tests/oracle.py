@@ -36,7 +36,6 @@ class Prefill:
     window_queries: Tensor  # [L, Q, w, D], after RoPE
     window_attention: Tensor  # [L, Q, I], mean over the w window queries of the causal softmax
     window_rms: Tensor  # [L, Q, I], its root mean square, query t weighted by exp(t / 8)
-    value_l1: Tensor  # [L, H, I], L1 norm of each value row
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,9 @@ class _PrefillPass:
         self.keys.append(key)
         self.values.append(value)
         self.queries.append(query[:, self.window].clone())
-        attention = _window_attention(query, key, self.window, scale)
-        self.attention.append(attention.mean(dim=1))
-        weights = torch.arange(attention.shape[1]).div(8).exp()
-        squares = (attention.square() * weights[:, None]).sum(dim=1)
-        self.rms.append((squares / weights.sum()).sqrt())
+        mean, rms = window_attention(query[:, self.window], key, self.window.start, scale)
+        self.attention.append(mean)
+        self.rms.append(rms)
         output = torch.nn.functional.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
         )
@@ -108,18 +105,26 @@ class _DecodePass:
         return output.reshape(1, -1, dim)
 
 
-def _window_attention(query: Tensor, key: Tensor, window: slice, scale: float) -> Tensor:
-    """[Q, w, I] of query [Q, I, D] and key [H, I, D]; each window query sees itself and before."""
-    prompt_len = key.shape[1]
-    group = query.shape[0] // key.shape[0]
-    positions = torch.arange(prompt_len)
-    future = positions[None, :] > positions[window, None]  # [w, I]
-    per_head = []
-    for head in range(query.shape[0]):
-        scores = query[head, window] @ key[head // group].T * scale
-        scores.masked_fill_(future, -math.inf)
-        per_head.append(scores.softmax(dim=1))
-    return torch.stack(per_head)
+def window_attention(
+    queries: Tensor, key: Tensor, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The mean and the weighted quadratic mean of consecutive queries' attention, [Q, I] each.
+
+    queries: [Q, w, D], of tokens `first` and on; each sees itself and what is before it. key:
+    [H, I, D]. The quadratic mean weighs query t by exp(t / 8).
+    """
+    num_queries, prompt_len = queries.shape[1], key.shape[1]
+    group = len(queries) // len(key)
+    future = torch.arange(prompt_len) > torch.arange(first, first + num_queries)[:, None]  # [w, I]
+    weights = torch.arange(num_queries, dtype=key.dtype).div(8).exp()
+    weights /= weights.sum()
+    means, quadratic_means = [], []
+    for head in range(len(queries)):
+        scores = queries[head] @ key[head // group].T * scale
+        attention = scores.masked_fill(future, -math.inf).softmax(dim=1)
+        means.append(attention.mean(dim=0))
+        quadratic_means.append((weights @ attention.square()).sqrt())
+    return torch.stack(means), torch.stack(quadratic_means)
 
 
 def _attention(
@@ -181,7 +186,6 @@ class Oracle:
             window_queries=torch.stack(record.queries),
             window_attention=torch.stack(record.attention),
             window_rms=torch.stack(record.rms),
-            value_l1=torch.stack([layer.abs().sum(dim=2) for layer in values]),
         )
 
     @torch.no_grad()
@@ -204,10 +208,10 @@ class Oracle:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, must be at least {max(1, len(forced))}"
             )
-        if keep is not None and (keep.dtype, keep.shape) != (torch.bool, prefill.value_l1.shape):
+        if keep is not None and (keep.dtype, keep.shape) != (torch.bool, prefill.values.shape[:3]):
             raise ValueError(
                 f"keep is {keep.dtype} {list(keep.shape)}, "
-                f"must be torch.bool {list(prefill.value_l1.shape)}"
+                f"must be torch.bool {list(prefill.values.shape[:3])}"
             )
         decode = _DecodePass(prefill, keep)
         logits = prefill.logits

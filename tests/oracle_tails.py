@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle import Oracle, Prefill, Step, step_of
+from tests.oracle_keep import KEEP, Scored
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _choose_again(
             )
             chosen[layer, head, scored[head]] = False
         counts = [len(own) - tail_len for own in scored]  # the window stays too
-        if rule.method == "snapkv":
+        if not KEEP[rule.method].heads_compete:
             for head in range(heads):
                 best = torch.sort(scores[head], descending=True, stable=True).indices
                 chosen[layer, head, scored[head][best[: counts[head]]]] = True
@@ -133,10 +134,6 @@ def _scores(queries: Tensor, keys: Tensor, values: Tensor, scale: float, rule: R
     window, count = queries.shape[1], len(keys)
     future = torch.arange(count) > torch.arange(count - window, count)[:, None]  # [w, n]
     logits = (queries @ keys.T * scale).masked_fill(future, -torch.inf)
-    attention = logits.softmax(dim=2).mean(dim=1)[:, rule.prefix_len : -window]
-    pooled = torch.nn.functional.max_pool1d(
-        attention, rule.pool_width, stride=1, padding=rule.pool_width // 2
-    )
-    if rule.method == "snapkv":
-        return pooled.mean(dim=0)
-    return pooled.amax(dim=0) * values[rule.prefix_len : -window].abs().sum(dim=1).max()
+    attention = logits.softmax(dim=2).mean(dim=1)[None, :, rule.prefix_len : -window]
+    own = Scored(attention, attention, values[None, rule.prefix_len : -window], rule.pool_width)
+    return KEEP[rule.method].scores(own)[0]

@@ -8,7 +8,7 @@ CPU path asks for.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
@@ -24,15 +24,28 @@ from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode, sh
 from lava_sglang.mem_cache.memory_plan import largest_batch
 from lava_sglang.mem_cache.tape import TapeTable
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.mem_cache.memory_pool import KVCache
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
 
 class RaggedDecode:
     """What all backends share: the tables, and a layer's decode around its attention."""
 
     tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
     plans_on_host = False  # whether it needs `TapeTable.host`
-    token_to_kv_pool: Any
+    token_to_kv_pool: KVCache
 
-    def save(self, layer: Any, forward_batch: Any, k: Any, v: Any, save_kv_cache: bool) -> None:
+    def save(
+        self,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        save_kv_cache: bool,
+    ) -> None:
         """Write the batch's K and V, [num_tokens, num_kv_heads, head_dim], to its new slots."""
         if save_kv_cache and k is not None:
             location = KVWriteLoc.for_batch(forward_batch)
@@ -43,8 +56,8 @@ class RaggedDecode:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool,
     ) -> torch.Tensor:
         """q: [bs, num_qo_heads * head_dim]. Returns the same shape. Writes K and V to the pool."""
@@ -52,7 +65,9 @@ class RaggedDecode:
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         return self.attend(queries, layer, forward_batch).view(q.shape[0], -1)
 
-    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
         raise NotImplementedError
 
@@ -68,7 +83,7 @@ class RaggedDecode:
                 f"KV compression: attention with {', '.join(unknown)} is not supported"
             )
 
-    def tables(self, req_to_token: torch.Tensor, forward_batch: Any) -> BatchTables:
+    def tables(self, req_to_token: torch.Tensor, forward_batch: ForwardBatch) -> BatchTables:
         """The kernel's view of the batch, in its order."""
         assert self.tape is not None
         return BatchTables(
@@ -84,7 +99,7 @@ class RaggedDecode:
 class GpuRaggedDecode(RaggedDecode, AttentionBackend):
     """What both GPU backends share: they decode only."""
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: ModelRunner):
         super().__init__()
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.token_to_kv_pool = runner.token_to_kv_pool
@@ -104,8 +119,8 @@ class GpuRaggedDecode(RaggedDecode, AttentionBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -123,7 +138,7 @@ class LavaAttnBackend(GpuRaggedDecode):
 
     needs_cpu_seq_lens = False
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: ModelRunner):
         super().__init__(runner)
         num_kv_heads = runner.model_config.get_num_kv_heads(self.tp_size)
         refuse(shape_reasons(self.num_qo_heads, num_kv_heads))
@@ -135,16 +150,20 @@ class LavaAttnBackend(GpuRaggedDecode):
             runner.device,
         )
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Nothing to plan."""
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
         """Nothing to plan."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """The workspace is already at its fixed address."""
 
-    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         return ragged_decode(
             queries,
             self.token_to_kv_pool.arena,
@@ -159,7 +178,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
     """SGLang's `torch_native` with a compiled decode over the tape, and an extend that does not
     compute the prefix's own attention again for every chunk."""
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: ModelRunner):
         super().__init__(runner)
         config, tp_size = runner.model_config, get_parallel().attn_tp_size
         # Seconds on a new machine: here, and not in the first request.
@@ -175,15 +194,17 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
         self.refuse_keywords(kwargs)
         return self.save_and_attend(q, k, v, layer, forward_batch, save_kv_cache)
 
-    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         out = torch.empty_like(queries)
         ragged_decode_cpu(
             queries,
@@ -200,8 +221,8 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:

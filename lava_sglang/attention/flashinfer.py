@@ -9,7 +9,7 @@ every captured batch size, in buffers of the largest tape.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,13 +19,18 @@ from lava_sglang.config import refuse
 from lava_sglang.kernels.flashinfer_decode import FlashInferDecode, shape_reasons
 from lava_sglang.mem_cache.host_tape import HostPieces
 
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
 
 class LavaFlashInferAttnBackend(GpuRaggedDecode):
     """`--decode-attention-backend lava_flashinfer`, chosen for the user."""
 
     plans_on_host = True
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: ModelRunner):
         super().__init__(runner)
         arena = self.token_to_kv_pool.arena
         scales = sorted({layer.scaling for layer in attention_layers(runner.model)})
@@ -39,25 +44,20 @@ class LavaFlashInferAttnBackend(GpuRaggedDecode):
         self.decode.warm_up()
         self.planned: list[HostPieces | None] | None = None
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan this step, and the tape if a request joined, left or was compressed."""
         rows = forward_batch.req_pool_indices_cpu
         if rows is None:  # SGLang's own batches at start
             rows = forward_batch.req_pool_indices.cpu()
         assert self.tape is not None and self.tape.host is not None
         pieces = self.tape.host.pieces(rows.tolist())
-        tables = (
-            self.req_to_token,
-            forward_batch.req_pool_indices,
-            self.tape.prefix_lens,
-            self.tape.budgets,
-        )
+        tables = self.tables(self.req_to_token, forward_batch)
         # The same objects: the same requests in the same order, with the same tapes.
         if self.planned is None or list(map(id, pieces)) != list(map(id, self.planned)):
-            self.decode.plan_tape(*tables, self.tape.offsets, self._offsets(pieces))
+            self.decode.plan_tape(tables, self._offsets(pieces))
             self.planned = pieces
         budgets = torch.tensor([0 if p is None else p.budget for p in pieces])
-        self.decode.plan_exact(*tables, forward_batch.seq_lens_cpu - budgets)
+        self.decode.plan_exact(tables, forward_batch.seq_lens_cpu - budgets)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         raise NotImplementedError(
@@ -65,7 +65,9 @@ class LavaFlashInferAttnBackend(GpuRaggedDecode):
             "start with --disable-decode-cuda-graph"
         )
 
-    def attend(self, queries: torch.Tensor, layer: Any, forward_batch: Any) -> torch.Tensor:
+    def attend(
+        self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         return self.decode.run(queries, layer.layer_id)
 
     def _offsets(self, pieces: list[HostPieces | None]) -> torch.Tensor:

@@ -19,6 +19,8 @@ from lava_sglang.mem_cache.tape import TapeTable
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
@@ -51,13 +53,13 @@ def register_backends() -> None:
     register_attention_backend("torch_native")(torch_native)
 
 
-def torch_native(runner: Any) -> Any:
+def torch_native(runner: ModelRunner) -> Any:
     """SGLang's own on a GPU, ours on a CPU."""
     backend = LavaCpuAttnBackend if runner.device == "cpu" else TorchNativeAttnBackend
     return backend(runner)
 
 
-def capture_queries(backend: Any, capture: WindowCapture) -> Any:
+def capture_queries(backend: AttentionBackend, capture: WindowCapture) -> Any:
     """Give `backend` a subclass whose `forward_extend` also stashes window queries. Mutates it.
 
     A subclass and not a proxy: SGLang reads dozens of attributes off its backends and checks
@@ -71,7 +73,13 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
     base = type(backend)
 
     def forward_extend(
-        self: Any, q: torch.Tensor, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any
+        self: AttentionBackend,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         output = base.forward_extend(self, q, k, v, layer, *args, **kwargs)
         if capture.segments:
@@ -83,14 +91,21 @@ def capture_queries(backend: Any, capture: WindowCapture) -> Any:
     return backend
 
 
-def capture_decode_queries(backend: Any, stash: DecodeQueries) -> None:
+def capture_decode_queries(backend: AttentionBackend, stash: DecodeQueries) -> None:
     """Give `backend`, or its decode part, a subclass that stashes decode queries. Mutates it."""
     if isinstance(backend, HybridAttnBackend):
         backend = backend.decode_backend
     base = type(backend)
 
     def forward_decode(
-        self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
+        self: AttentionBackend,
+        q: Any,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         stash.store(layer, q, forward_batch)
         return base.forward_decode(self, q, k, v, layer, forward_batch, *args, **kwargs)
@@ -99,7 +114,7 @@ def capture_decode_queries(backend: Any, stash: DecodeQueries) -> None:
     backend.__class__ = type(f"Tail{base.__name__}", (base,), members)
 
 
-def attach_tape(backend: Any, tape: TapeTable) -> None:
+def attach_tape(backend: AttentionBackend, tape: TapeTable) -> None:
     """Give the tables of compressed requests to the backend that decodes from them, if any."""
     for part in (backend, getattr(backend, "decode_backend", None)):
         if isinstance(part, RaggedDecode):

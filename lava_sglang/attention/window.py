@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class WindowQueries:
@@ -78,7 +82,7 @@ class WindowCapture:
                 )
             )
 
-    def capture(self, layer: Any, queries: torch.Tensor) -> None:
+    def capture(self, layer: RadixAttention, queries: torch.Tensor) -> None:
         """Called after each layer's extend attention.
 
         layer: SGLang's RadixAttention. queries: [num_tokens, num_qo_heads * head_dim], after RoPE.
@@ -113,7 +117,9 @@ class DecodeQueries:
         self.window_size = window_size
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
 
-    def store(self, layer: Any, queries: torch.Tensor, forward_batch: Any) -> None:
+    def store(
+        self, layer: RadixAttention, queries: torch.Tensor, forward_batch: ForwardBatch
+    ) -> None:
         """Called in each layer's decode. queries: [bs, num_qo_heads * head_dim], after RoPE."""
         place = forward_batch.positions % self.window_size
         heads = queries.view(-1, layer.tp_q_head_num, layer.qk_head_dim)

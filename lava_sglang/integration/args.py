@@ -111,7 +111,7 @@ _OPTIONS = {
 """Setting -> the field of the server arguments that holds it; the rest are in the JSON."""
 
 
-def config_of(server_args: Any) -> KVCompressionConfig:
+def config_of(server_args: ServerArgs) -> KVCompressionConfig:
     """The validated settings in `server_args`; raises KVCompressionError with all bad values."""
     further = server_args.kv_compression_config
     if further is None:
@@ -143,7 +143,7 @@ def _display(setting: str) -> str:
     return f"--kv-compression-config {setting}"
 
 
-def validate(server_args: Any, previous: Any) -> None:
+def validate(server_args: ServerArgs, previous: Any) -> None:
     """Resolution hook (arg_groups/resolution_hooks.py, step `handle_other_validations`).
 
     Raises KVCompressionError with every bad setting, every SGLang feature that is switched on
@@ -175,7 +175,7 @@ def _warn_of_idle_options(config: KVCompressionConfig) -> None:
         logger.warning("Of no effect without --kv-compression METHOD: %s", ", ".join(idle))
 
 
-def choose_decode_backend(server_args: Any, previous: Any) -> None:
+def choose_decode_backend(server_args: ServerArgs, previous: Any) -> None:
     """Resolution hook, step `handle_attention_backend_compatibility`.
 
     A method that keeps its own number of entries per head decodes on our backend; prefill stays on
@@ -194,7 +194,7 @@ def choose_decode_backend(server_args: Any, previous: Any) -> None:
         _disable_decode_graph(server_args, view)
 
 
-def _disable_decode_graph(server_args: Any, view: Any) -> None:
+def _disable_decode_graph(server_args: ServerArgs, view: Any) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     if view.cuda_graph_config.decode.backend == Backend.DISABLED:

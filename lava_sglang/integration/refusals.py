@@ -12,11 +12,14 @@ import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.integration.seams import SEAMS
 from lava_sglang.methods import RAGGED_METHODS
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler import Scheduler
 
 SGLANG_VERSION = "0.5.23"
 
@@ -182,7 +185,7 @@ def environment_reasons(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def scheduler_reasons(scheduler: Any) -> list[str]:
+def scheduler_reasons(scheduler: Scheduler) -> list[str]:
     """What the loaded model and the pools that SGLang built do not fit. Shapes only, no tensors."""
     import torch
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache

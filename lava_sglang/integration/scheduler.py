@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
@@ -20,6 +20,10 @@ from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.metrics import CompressionStats, PrometheusSeries, running_totals
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.server_args import ServerArgs
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,14 +33,14 @@ class LavaScheduler(Scheduler):
     install_hooks: ClassVar[Callable[[LavaScheduler], None]]
     """Set by `plugin.py`, which lists the hooks and imports this module."""
 
-    def __new__(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         if server_args.kv_compression == "none":
             # Not by its name: the plugin has put this class behind it in every module.
             stock: Any = cls.__base__
             return stock(server_args, *args, **kwargs)
         return super().__new__(cls)
 
-    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, server_args: ServerArgs, *args: Any, **kwargs: Any) -> None:
         self.kv_compression_config = config_of(server_args)
         self.install_hooks()
         super().__init__(server_args, *args, **kwargs)
@@ -56,7 +60,7 @@ class LavaScheduler(Scheduler):
     def _create_generation_req(self, recv_req: Any, *args: Any, **kwargs: Any) -> LavaReq:
         return LavaReq(*args, config=self.kv_compression_config, page_size=self.page_size, **kwargs)
 
-    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend():
             return super().run_batch(batch, *args, **kwargs)
         self.kv_compression.begin_extend(batch)
@@ -64,11 +68,11 @@ class LavaScheduler(Scheduler):
         self._ask_admission_again(batch, self.kv_compression.end_extend(batch))
         return result
 
-    def update_running_batch(self, batch: Any) -> Any:
+    def update_running_batch(self, batch: ScheduleBatch) -> Any:
         self._ask_admission_again(batch, self.kv_compression.before_decode(batch))
         return super().update_running_batch(batch)
 
-    def _ask_admission_again(self, batch: Any, worthwhile: bool) -> None:
+    def _ask_admission_again(self, batch: ScheduleBatch, worthwhile: bool) -> None:
         """It gave up for lack of slots, and SGLang asks again only when a request leaves.
 
         worthwhile: compression has freed slots, or a running request can shrink from now on.

@@ -100,11 +100,11 @@ def test_the_installed_wrapper_decodes_over_the_tape(batch: TapeBatch) -> None:
     decode.warm_up()
     rows = batch.req_pool_indices
     budgets = batch.budgets[rows]
-    tables = (batch.req_to_token, rows, batch.prefix_lens, batch.budgets)
-    decode.plan_tape(*tables, batch.offsets, batch.offsets[rows] * (budgets > 0)[:, None].int())
+    tables = batch.tables()
+    decode.plan_tape(tables, batch.offsets[rows] * (budgets > 0)[:, None].int())
     for shorter in (1, 0):  # two steps over one plan of the tape
         lengths = batch.seq_lens - shorter * (batch.seq_lens > 20)
-        decode.plan_exact(*tables, lengths - budgets)
+        decode.plan_exact(tables, lengths - budgets)
         for layer in range(len(batch.arena)):
             want = ragged_decode_ref(
                 batch.q, batch.arena, layer, batch.tables()._replace(seq_lens=lengths),

@@ -14,7 +14,7 @@ from tests.e2e.client import Response, assert_no_leak, generate, generate_all, i
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, assert_same_tokens
-from tests.oracle_keep import KEEP, lava_keep, per_rank_keep
+from tests.oracle_keep import KEEP, per_rank_keep
 
 TP_SIZE, DP_SIZE = 3, 2
 OPTIONS = ["--kv-compression", "lava", "--kv-compression-min-tokens", "100"]
@@ -100,6 +100,6 @@ def test_each_replica_compresses_and_counts_its_own_requests(
     assert slots == {str(rank): freed([first]) for rank in range(DP_SIZE)}
     found = info(first)
     prefill = oracle.prefill(prompt, WINDOW)
-    keep = lava_keep(prefill, found["shared_prefix_tokens"], found["kept_tokens"], WINDOW)
+    keep = KEEP["lava"](prefill, found["shared_prefix_tokens"], found["kept_tokens"], WINDOW)
     steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=first["output_ids"])
     assert_same_tokens(steps, first["output_ids"])

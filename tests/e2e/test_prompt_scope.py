@@ -13,7 +13,7 @@ from tests.e2e.client import assert_no_leak, generate, generate_all, info
 from tests.e2e.conftest import MAX_NEW_TOKENS, WINDOW, StartServer
 from tests.e2e.prompts import cut
 from tests.oracle import Oracle, Prefill, assert_same_tokens
-from tests.oracle_keep import KEEP, lava_keep
+from tests.oracle_keep import KEEP
 
 PAGE = 16
 STEPS = 8  # output tokens of each of the many combinations
@@ -98,7 +98,7 @@ def test_shared_document_is_compressed_for_each(
         assert found["suffix_tokens"] == len(prompt)
         assert response["meta_info"]["cached_tokens"] == len(document) // PAGE * PAGE
         prefill = oracle.prefill(prompt, WINDOW)
-        keep = lava_keep(prefill, 0, found["kept_tokens"], WINDOW)
+        keep = KEEP["lava"](prefill, 0, found["kept_tokens"], WINDOW)
         steps = oracle.greedy(prefill, keep, MAX_NEW_TOKENS, force=response["output_ids"])
         assert_same_tokens(steps, response["output_ids"])
 

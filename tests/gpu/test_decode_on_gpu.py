@@ -93,15 +93,12 @@ def test_flashinfer(dtype: torch.dtype, group: int, head_dim: int) -> None:
     for chosen in (slice(None), slice(1, 4)):
         rows = batch.req_pool_indices[chosen]
         budgets = batch.budgets[rows]
-        tables = (batch.req_to_token, rows, batch.prefix_lens, batch.budgets)
+        lengths = batch.seq_lens[chosen]
+        tables = batch.tables()._replace(req_pool_indices=rows, seq_lens=lengths)
         on_host = (batch.offsets[rows] * (budgets > 0)[:, None].int()).cpu()
-        decode.plan_tape(*tables, batch.offsets, on_host)
-        decode.plan_exact(*tables, (batch.seq_lens[chosen] - budgets).cpu())
+        decode.plan_tape(tables, on_host)
+        decode.plan_exact(tables, (lengths - budgets).cpu())
         for layer in range(2):
-            want = ragged_decode_ref(
-                batch.q[chosen], batch.arena, layer,
-                batch.tables()._replace(req_pool_indices=rows, seq_lens=batch.seq_lens[chosen]),
-                batch.scaling,
-            )  # fmt: skip
+            want = ragged_decode_ref(batch.q[chosen], batch.arena, layer, tables, batch.scaling)
             got = decode.run(batch.q[chosen], layer)
             torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype])

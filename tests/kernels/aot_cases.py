@@ -157,23 +157,21 @@ def _page_lists(num_kv_heads: int) -> Case:
     def launch() -> None:
         bs, rows = 16, 64
         table = torch.zeros(rows, dtype=torch.int32)
-        batch = (torch.zeros(rows, 8192, dtype=torch.int32), torch.zeros(bs, dtype=torch.int64))
+        batch = torch.zeros(bs, dtype=torch.int64)
+        offsets = torch.zeros(rows, LAYERS * num_kv_heads + 1, dtype=torch.int32)
+        row_slots = torch.zeros(rows, 8192, dtype=torch.int32)
+        tables = BatchTables(row_slots, batch, batch, table, table, offsets)
         tape_pages_triton(
             torch.empty(SLOTS, dtype=torch.int32),
             torch.zeros(LAYERS, bs, dtype=torch.int64),
             torch.empty(LAYERS, 2, SLOTS, num_kv_heads, 128),
-            *batch,
-            table,
-            table,
-            torch.zeros(rows, LAYERS * num_kv_heads + 1, dtype=torch.int32),
+            tables,
             BUDGET * num_kv_heads,
         )
         exact_slots_triton(
             torch.empty(SLOTS, dtype=torch.int32),
             torch.zeros(bs + 1, dtype=torch.int32),
-            *batch,
-            table,
-            table,
+            tables,
             PROMPT,
         )
 

@@ -43,10 +43,9 @@ def decode_over(batch: TapeBatch) -> FlashInferDecode:
 def plan(decode: FlashInferDecode, batch: TapeBatch) -> None:
     rows = batch.req_pool_indices
     budgets = batch.budgets[rows]
-    tables = (batch.req_to_token, rows, batch.prefix_lens, batch.budgets)
     on_host = batch.offsets[rows] * (budgets > 0)[:, None].int()
-    decode.plan_tape(*tables, batch.offsets, on_host)
-    decode.plan_exact(*tables, batch.seq_lens - budgets)
+    decode.plan_tape(batch.tables(), on_host)
+    decode.plan_exact(batch.tables(), batch.seq_lens - budgets)
 
 
 def check(batch: TapeBatch, decode: FlashInferDecode | None = None) -> None:
@@ -143,10 +142,7 @@ def test_a_longer_tail_needs_no_new_plan_of_the_tape() -> None:
     check(batch, decode)
     batch.seq_lens[0] -= 1
     rows = batch.req_pool_indices
-    decode.plan_exact(
-        batch.req_to_token, rows, batch.prefix_lens, batch.budgets,
-        batch.seq_lens - batch.budgets[rows],
-    )  # fmt: skip
+    decode.plan_exact(batch.tables(), batch.seq_lens - batch.budgets[rows])
     assert [w.plans for w in (decode.exact, *decode.tape)] == [2, 1, 1]
     for layer in (0, 1):
         want = ragged_decode_ref(batch.q, batch.arena, layer, batch.tables(), batch.scaling)

@@ -2,10 +2,13 @@
 """The public ops on CPU tensors, and the references against formulas written out."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from lava_sglang.kernels import reference
 from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.layer_split import layer_entropy, layer_split
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode
@@ -96,3 +99,11 @@ def test_scores_term_by_term(group_reduce: str) -> None:
             reduce = max if group_reduce == "max" else lambda column: sum(column) / group
             want = [reduce(column) * norm for column in zip(*by_query_head, strict=True)]
             torch.testing.assert_close(got[layer, head], torch.tensor(want), rtol=1e-4, atol=0)
+
+
+def test_every_op_finds_its_cpu_form_by_one_rule() -> None:
+    """kernels/README.md states it."""
+    rule = re.compile(r"(\w+)_triton(?:\(\w+\))? if \w+\.is_cuda else (?:\1_ref|_on_cpu)\b")
+    for path in Path(reference.__file__).parent.glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert "is_cuda" not in line or rule.search(line), (path.name, line)

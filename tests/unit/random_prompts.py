@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lava_sglang.kernels.select import Selection
 from lava_sglang.policy import PromptView
+from tests.oracle import Prefill, window_attention
 
 HEAD_DIM = 8
 SCALING = HEAD_DIM**-0.5
@@ -79,3 +80,26 @@ def heads_of(kept: Selection, prompt: PromptView) -> list[list[list[int]]]:
     pieces = [piece.tolist() for piece in kept.tape_tokens.split(kept.counts.flatten().tolist())]
     size = prompt.num_kv_heads
     return [pieces[i : i + size] for i in range(0, columns, size)]
+
+
+def prefill_of(prompt: PromptView) -> Prefill:
+    """The same prompt as the oracle sees it, in float64."""
+    assert prompt.queries is not None and prompt.scaling is not None
+    keys, values = prompt.arena[:, :, prompt.slots].double().transpose(2, 3).unbind(1)
+    queries = prompt.queries.double().transpose(1, 2)
+    prompt_len, num_queries = len(prompt.slots), queries.shape[2]
+    recorded = [
+        window_attention(*layer, prompt_len - num_queries, float(scale))
+        for *layer, scale in zip(queries, keys, prompt.scaling, strict=True)
+    ]
+    mean, rms = (torch.stack(part) for part in zip(*recorded, strict=True))
+    return Prefill(
+        input_ids=[0] * prompt_len,
+        window_start=prompt_len - prompt.window_size,
+        keys=keys,
+        values=values,
+        logits=torch.empty(0),
+        window_queries=queries,
+        window_attention=mean,
+        window_rms=rms,
+    )

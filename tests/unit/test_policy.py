@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method against a slow reading of its definition, one number at a time."""
+"""Every method against the oracle's definition of it."""
 
 import dataclasses
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,17 +15,39 @@ from hypothesis import strategies as st
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.methods import COMPETING_METHODS, METHODS, UNIFORM_METHODS
 from lava_sglang.policy import Method, PromptView, keep, method_of
-from tests.unit.random_prompts import NUM_LAYERS, Shape, heads_of, random_prompt, small_shapes
-from tests.unit.slow_policy import (
-    DEFINITIONS,
-    NO_OPTIONS,
-    Options,
-    entropy,
-    slow_keep,
-    slow_weights,
+from tests.oracle_keep import KEEP, Definition, alike, entropies
+from tests.unit.random_prompts import (
+    NUM_LAYERS,
+    Shape,
+    heads_of,
+    prefill_of,
+    random_prompt,
+    small_shapes,
 )
 
 NUM_SHAPES = 1000
+# Its scores are numbers of a seed: no definition but "a sample", which has tests of its own.
+DEFINITIONS = {**KEEP, "random": Definition(lambda layer: layer.values.sum(dim=2))}
+READ_THE_PROMPT = ("lava", "lava_span", "snapkv", "adakv", "pyramidkv")
+
+
+class Options(NamedTuple):
+    """Settings that replace a method's own rules."""
+
+    uniform_layers: bool = False
+    uniform_heads: bool = False
+    head_floor: float | None = None
+
+    def applied_to(self, definition: Definition) -> Definition:
+        claims = alike if self.uniform_layers else definition.claims
+        if not definition.heads_compete or self.uniform_heads:
+            return dataclasses.replace(definition, claims=claims, heads_compete=False)
+        given = self.head_floor
+        floor = definition.head_floor if given is None else Fraction(str(given))
+        return dataclasses.replace(definition, claims=claims, head_floor=floor)
+
+
+NO_OPTIONS = Options()
 
 
 SHAPES = [
@@ -61,13 +85,20 @@ def settings_for(
     )
 
 
-def with_window(scored: list[list[list[int]]], prompt: PromptView) -> list[list[list[int]]]:
+def with_window(chosen: torch.Tensor, prompt: PromptView) -> list[list[list[int]]]:
+    """[num_layers][num_kv_heads][kept], positions in the prompt, of the oracle's choice."""
     prompt_len = len(prompt.slots)
     window = list(range(prompt_len - prompt.window_size, prompt_len))
     return [
-        [[prompt.shared_prefix_len + token for token in head] + window for head in layer]
-        for layer in scored
+        [(head.nonzero().flatten() + prompt.shared_prefix_len).tolist() + window for head in layer]
+        for layer in chosen
     ]
+
+
+def scores_by_definition(name: str, prompt: PromptView, pool_width: int) -> torch.Tensor:
+    """Float64 [num_layers, num_kv_heads, scored tokens]."""
+    prefill = prefill_of(prompt)
+    return KEEP[name].score(prefill, prompt.shared_prefix_len, prompt.window_size, pool_width)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,19 +122,18 @@ def method_name(request: pytest.FixtureRequest) -> str:
     return found
 
 
-@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("name", READ_THE_PROMPT)
 def test_scores_equal_their_definition(name: str, shape: Shape) -> None:
     prompt = random_prompt(shape)
     scores = method_of(settings_for(shape, name)).score(prompt)
-    expected = torch.tensor(DEFINITIONS[name](prompt, shape.pool_width), dtype=torch.float64)
+    expected = scores_by_definition(name, prompt, shape.pool_width)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_lavas_layer_weights_are_the_entropies_of_its_scores(shape: Shape) -> None:
     method = method_of(settings_for(shape, "lava"))
     scores = method.score(random_prompt(shape))
-    expected = [entropy(layer) for layer in scores.tolist()]
-    assert method.layer_weights(scores).tolist() == pytest.approx(expected, rel=1e-5)
+    assert method.layer_weights(scores).tolist() == pytest.approx(entropies(scores), rel=1e-5)
 
 
 @pytest.mark.parametrize("num_layers", [2, 3, 30])
@@ -130,51 +160,49 @@ def test_other_methods_weigh_layers_alike(name: str) -> None:
     distinct=st.sampled_from([None, 1, 3]),
     seed=st.integers(0, 2**31),
 )
-def test_every_method_keeps_what_slow_loops_keep(
+def test_every_method_keeps_what_its_definition_keeps(
     shape: Shape, options: Options, num_layers: int, distinct: int | None, seed: int
 ) -> None:
     """Step by step, each from the step before as it was rounded: scores and layer weights to
     float32's rounding, then the kept entries exactly, ties included."""
     prompt = random_prompt(shape, seed, num_layers, distinct)
-    by_definition = {
-        definition: torch.tensor(definition(prompt, shape.pool_width), dtype=torch.float64)
-        for definition in set(DEFINITIONS.values())
-    }
     mean = shape.budget - shape.window_size
     for name in METHODS:
+        definition = options.applied_to(DEFINITIONS[name])
         method = method_of(settings_for(shape, name, seed, options))
         scores = method.score(prompt)
-        if name in DEFINITIONS:
-            expected_scores = by_definition[DEFINITIONS[name]]
+        if name in READ_THE_PROMPT:
+            expected_scores = scores_by_definition(name, prompt, shape.pool_width)
             torch.testing.assert_close(scores.double(), expected_scores, rtol=1e-5, atol=1e-7)
         weights = method.layer_weights(scores).tolist()
-        assert weights == pytest.approx(slow_weights(name, scores.tolist()), rel=1e-5, abs=1e-6)
+        claims = DEFINITIONS[name].claims(scores)
+        assert weights == pytest.approx(claims, rel=1e-5, abs=1e-6)
         kept = keep(method, prompt, shape.budget)
-        expected = slow_keep(name, scores.tolist(), weights, mean, options)
+        claims = [1.0] * num_layers if options.uniform_layers else weights
+        expected = definition.choose(scores, claims, mean)
         assert heads_of(kept, prompt) == with_window(expected, prompt), name
         assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
         again = keep(method, prompt, shape.budget)
         assert all(torch.equal(*parts) for parts in zip(kept, again, strict=True)), name
 
 
-@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("name", READ_THE_PROMPT)
 def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None:
-    """By the sum of what is kept: loops round in another order, so near ties may differ."""
+    """By the sum of what is kept: the oracle rounds otherwise, so near ties may differ."""
     prompt = random_prompt(shape, seed=1)
-    method = method_of(settings_for(shape, name))
-    kept = heads_of(keep(method, prompt, shape.budget), prompt)
-    scores = DEFINITIONS[name](prompt, shape.pool_width)
+    kept = heads_of(keep(method_of(settings_for(shape, name)), prompt, shape.budget), prompt)
+    scores = scores_by_definition(name, prompt, shape.pool_width)
     mean = shape.budget - shape.window_size
-    best = with_window(slow_keep(name, scores, slow_weights(name, scores), mean), prompt)
+    best = with_window(KEEP[name].choose(scores, KEEP[name].claims(scores), mean), prompt)
     for layer, (chosen, expected) in enumerate(zip(kept, best, strict=True)):
         assert layer_value(scores[layer], chosen, prompt) == pytest.approx(
             layer_value(scores[layer], expected, prompt), rel=1e-5
         )
 
 
-def layer_value(scores: list[list[float]], kept: list[list[int]], prompt: PromptView) -> float:
+def layer_value(scores: torch.Tensor, kept: list[list[int]], prompt: PromptView) -> float:
     return sum(
-        head[token - prompt.shared_prefix_len]
+        float(head[token - prompt.shared_prefix_len])
         for head, tokens in zip(scores, kept, strict=True)
         for token in tokens[: len(tokens) - prompt.window_size]
     )
@@ -321,8 +349,8 @@ class EqualWithFloor(Equal):
 def test_ties_go_to_the_lower_head_and_token(shape: Shape, method: type[Method], name: str) -> None:
     prompt = random_prompt(shape)
     kept = heads_of(keep(method(settings_for(shape, name)), prompt, shape.budget), prompt)
-    ties = [[[0.0] * prompt.scored_len] * shape.num_kv_heads] * NUM_LAYERS
-    expected = slow_keep(name, ties, [1.0] * NUM_LAYERS, shape.budget - shape.window_size)
+    ties = torch.zeros(NUM_LAYERS, shape.num_kv_heads, prompt.scored_len)
+    expected = KEEP[name].choose(ties, [1.0] * NUM_LAYERS, shape.budget - shape.window_size)
     assert kept == with_window(expected, prompt)
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lava_sglang.kernels import flashinfer_decode
+from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.flashinfer_decode import (
     TapeLayout,
     exact_slots_triton,
@@ -26,10 +27,10 @@ def check(batch: TapeBatch) -> None:
     rows = batch.req_pool_indices
     budgets = batch.budgets[rows]
     layout = TapeLayout(batch.offsets[rows] * (budgets > 0)[:, None].int(), layers, kv_heads)
-    tables = (batch.req_to_token, rows, batch.prefix_lens, batch.budgets)
+    tables = batch.tables()
     got = torch.full((sum(layout.layer_lens) + 9,), -1, dtype=torch.int32)
     want = got.clone()
-    args = (layout.starts, batch.arena, *tables, batch.offsets, layout.longest)
+    args = (layout.starts, batch.arena, tables, layout.longest)
     tape_pages_triton(got, *args)
     tape_pages_ref(want, *args)
     assert torch.equal(got, want)
@@ -39,8 +40,8 @@ def check(batch: TapeBatch) -> None:
     indptr = torch.tensor([0, *lens]).cumsum(0).int()
     got = torch.full((int(lens.sum()) + 9,), -1, dtype=torch.int32)
     want = got.clone()
-    exact_slots_triton(got, indptr, *tables, int(lens.max()))
-    exact_slots_ref(want, indptr, *tables, int(lens.max()))
+    exact_slots_triton(got, indptr, tables, int(lens.max()))
+    exact_slots_ref(want, indptr, tables, int(lens.max()))
     assert torch.equal(got, want) and (got[:-9] >= 0).all()
 
 
@@ -72,11 +73,14 @@ def test_a_page_past_31_bits_of_bytes() -> None:
         pages,
         torch.zeros(layers, 1, dtype=torch.int64),
         torch.empty(layers, 2, slots, kv_heads, 128, device="meta"),
-        torch.tensor([[slots - 1]], dtype=torch.int32),
-        torch.tensor([0]),
-        torch.tensor([0], dtype=torch.int32),
-        torch.tensor([1], dtype=torch.int32),
-        offsets,
+        BatchTables(
+            req_to_token=torch.tensor([[slots - 1]], dtype=torch.int32),
+            req_pool_indices=torch.tensor([0]),
+            seq_lens=torch.tensor([1]),
+            prefix_lens=torch.tensor([0], dtype=torch.int32),
+            budgets=torch.tensor([1], dtype=torch.int32),
+            offsets=offsets,
+        ),
         1,
     )
     assert int(pages[0]) == (2 * (layers - 1) * slots + slots - 1) * kv_heads + kv_heads - 1
