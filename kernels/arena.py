@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+"""Entries of 8 bits: a number is the entry times its layer's k_scale or v_scale."""
 
 
 MAX_HEAD_DIM = 256
@@ -37,17 +38,8 @@ def as_bits(arena: torch.Tensor) -> torch.Tensor:
     return arena.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[arena.dtype.itemsize])
 
 
-def typed_arena(arena: torch.Tensor, kv_dtype: torch.dtype | None) -> torch.Tensor:
-    """The arena in the dtype of its entries: SGLang stores fp8 entries as uint8."""
-    if arena.dtype == torch.uint8:
-        assert kv_dtype in FP8_DTYPES, f"kv_dtype={kv_dtype}: a uint8 arena holds fp8 entries"
-        return arena.view(kv_dtype)
-    assert kv_dtype in (None, arena.dtype), f"kv_dtype={kv_dtype}, the arena is {arena.dtype}"
-    return arena
-
-
 def loadable(arena: torch.Tensor) -> tuple[torch.Tensor, bool, float]:
-    """How a kernel reads a typed arena: (what to point at, E4M3_BITS, factor on each value).
+    """How a kernel reads an arena: (what to point at, E4M3_BITS, factor on each value).
 
     Triton converts e4m3fn from sm_89 on. Before, `load_entries` builds a half from the bits, which
     is the value / 256: the caller multiplies its scale by the factor.

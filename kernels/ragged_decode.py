@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from lava_sglang.kernels.arena import (
+    FP8_DTYPES,
     check_arena,
     entry_offset,
     load_entries,
     loadable,
-    typed_arena,
 )
 from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.reference import ragged_decode_ref
@@ -105,7 +105,6 @@ def ragged_decode(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
-    kv_dtype: torch.dtype | None = None,
     workspace: DecodeWorkspace,
 ) -> torch.Tensor:
     """Attention of one new token per request, over what each of its heads keeps.
@@ -114,7 +113,6 @@ def ragged_decode(
     arena: [num_layers, 2, slots, num_kv_heads, head_dim], K and V, in q's dtype or fp8.
     tables: where each request's entries are.
     scaling: factor on the logits. k_scale, v_scale: what the entries were divided by (fp8).
-    kv_dtype: dtype of the entries where the arena is uint8.
     workspace: made for this model and at least this batch. Mutated.
     out: [bs, num_qo_heads, head_dim] contiguous, allocated if None. Mutated.
     Returns `out`. A head without entries gives zeros. Reads nothing back to the host.
@@ -122,7 +120,7 @@ def ragged_decode(
     run = ragged_decode_triton if q.is_cuda else _on_cpu
     return run(
         q, arena, layer, tables, scaling, out=out, k_scale=k_scale, v_scale=v_scale,
-        kv_dtype=kv_dtype, workspace=workspace,
+        workspace=workspace,
     )  # fmt: skip
 
 
@@ -136,18 +134,16 @@ def ragged_decode_triton(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
-    kv_dtype: torch.dtype | None = None,
     workspace: DecodeWorkspace,
 ) -> torch.Tensor:
     """`ragged_decode` by the Triton kernels."""
     req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets = tables
-    arena = typed_arena(arena, kv_dtype)
     num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
     bs, num_qo_heads, _ = q.shape
     group = num_qo_heads // num_kv_heads
     assert q.shape[2] == head_dim and q.stride()[1:] == (head_dim, 1), (q.shape, q.stride())
     assert q.dtype in (torch.float16, torch.bfloat16, torch.float32), q.dtype
-    assert arena.dtype == q.dtype or arena.dtype.itemsize == 1, (arena.dtype, q.dtype)
+    assert arena.dtype in (q.dtype, *FP8_DTYPES), (arena.dtype, q.dtype)
     assert not shape_reasons(num_qo_heads, num_kv_heads), (num_qo_heads, num_kv_heads)
     assert 0 <= layer < num_layers, f"layer={layer} of {num_layers}"
     assert 0 < bs <= workspace.max_bs, f"bs={bs}: the workspace holds {workspace.max_bs}"

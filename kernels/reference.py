@@ -116,12 +116,9 @@ def window_scores_ref(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
-    *,
-    kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
     attend to, times how much its value can change the output."""
-    entries = arena if kv_dtype is None else arena.view(kv_dtype)
     num_layers = arena.shape[0]
     scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
     scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
@@ -129,7 +126,7 @@ def window_scores_ref(
     for layer in range(num_layers):
         attention = window_attention_ref(
             queries[layer],
-            entries[layer, 0, prompt_slots],
+            arena[layer, 0, prompt_slots],
             scales[layer],
             query_weights=options.query_weights,
             root_mean_square=options.root_mean_square,
@@ -137,7 +134,7 @@ def window_scores_ref(
         scores.append(
             importance_ref(
                 attention[:, scored],
-                entries[layer, 1, prompt_slots[scored]],
+                arena[layer, 1, prompt_slots[scored]],
                 options,
             )
         )
@@ -253,11 +250,9 @@ def ragged_decode_ref(
     *,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
-    kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`ragged_decode.ragged_decode`, one request and head at a time, in float32."""
     req_to_token, req_pool_indices, seq_lens, prefix_lens, budgets, offsets = tables
-    entries = arena if kv_dtype is None else arena.view(kv_dtype)
     num_kv_heads = arena.shape[3]
     group = q.shape[1] // num_kv_heads
     out = torch.zeros_like(q)
@@ -275,8 +270,8 @@ def ragged_decode_ref(
             # [entries, 2, head_dim]
             kv = torch.cat(
                 [
-                    entries[layer, :, exact, head].transpose(0, 1),
-                    entries[
+                    arena[layer, :, exact, head].transpose(0, 1),
+                    arena[
                         column // num_kv_heads, :, slots[prefix_len + place], column % num_kv_heads
                     ],
                 ]

@@ -27,11 +27,11 @@ def tail_scores(
     """Importance of the entries on the tape and of those in the tail.
 
     queries: [num_layers, window, num_qo_heads, head_dim], after RoPE, of the last tail tokens.
-    arena: [num_layers, 2, slots, num_kv_heads, head_dim].
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim] in the queries' dtype or fp8.
     prefix_slots, tape_slots, tail_slots: int64, row[:P], row[P : P + b] and the rest of the row.
     offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
-    scaling: float32 [num_layers]. width: at least the longest piece of a head.
-    options: how attention becomes a score.
+    scaling: float32 [num_layers], with the k_scale of an fp8 arena. width: at least the longest
+    piece of a head. options: how attention becomes a score.
     Returns float32 [num_layers, num_kv_heads, width + tail]: a head's piece up to `width` and its
     tail from there, neighbours as in the row; -inf where a head has no entry, inf in the window.
     Reads nothing back to the host.
@@ -63,7 +63,7 @@ def tail_scores(
             absent=absent.T,
         )
         scored = slice(prefix_len, len(keys) - window)
-        present = values[scored].masked_fill(absent[scored][..., None], 0)
+        present = values[scored].float().masked_fill(absent[scored][..., None], 0)
         score = importance_ref(attention[:, scored], present, options)
         score = score.masked_fill(absent[scored].T, float("-inf"))
         scores.append(torch.nn.functional.pad(score, (0, window), value=float("inf")))

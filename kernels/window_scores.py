@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from lava_sglang.kernels.arena import (
+    FP8_DTYPES,
     check_arena,
     entry_offset,
     load_entries,
     loadable,
-    typed_arena,
 )
 from lava_sglang.kernels.reference import window_scores_ref
 from lava_sglang.kernels.score_options import LAVA, ScoreOptions
@@ -37,8 +37,6 @@ def window_scores(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
-    *,
-    kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Importance of each scored entry: those of the suffix before its observation window.
 
@@ -48,16 +46,13 @@ def window_scores(
     prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
     scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
-    options: how attention becomes a score. kv_dtype: of the entries where the arena is uint8.
+    options: how attention becomes a score.
     Returns float32 [num_layers, num_kv_heads, prompt_len - P - w], all finite: attention, and the
     norm of a value, that is infinite or not a number counts as 0. Reads nothing back to the host.
     Source: LAVa, arXiv 2509.09754 (max, head); SnapKV, arXiv 2404.14469 (mean, none).
     """
     run = window_scores_triton if arena.is_cuda else window_scores_ref
-    return run(
-        queries, arena, prompt_slots, shared_prefix_len, window_size, scaling, options,
-        kv_dtype=kv_dtype,
-    )  # fmt: skip
+    return run(queries, arena, prompt_slots, shared_prefix_len, window_size, scaling, options)
 
 
 def window_scores_triton(
@@ -68,11 +63,8 @@ def window_scores_triton(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
-    *,
-    kv_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`window_scores` by the Triton kernels."""
-    arena = typed_arena(arena, kv_dtype)
     num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
     _, num_queries, num_qo_heads, _ = queries.shape
     group = num_qo_heads // num_kv_heads
@@ -80,7 +72,7 @@ def window_scores_triton(
     num_scored = prompt_len - shared_prefix_len - window_size
     assert queries.shape[0] == num_layers and queries.shape[3] == head_dim, queries.shape
     assert queries.is_contiguous() and prompt_slots.is_contiguous()
-    assert arena.dtype == queries.dtype or arena.dtype.itemsize == 1, (arena.dtype, queries.dtype)
+    assert arena.dtype in (queries.dtype, *FP8_DTYPES), (arena.dtype, queries.dtype)
     assert num_qo_heads == group * num_kv_heads, (num_qo_heads, num_kv_heads)
     assert 1 <= num_queries <= window_size, f"{num_queries} queries, a window of {window_size}"
     assert num_scored >= 1, f"{prompt_len} tokens, P={shared_prefix_len}, w={window_size}"

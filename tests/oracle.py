@@ -145,10 +145,44 @@ def _attention(
 AttentionInterface.register("keep_mask_oracle", _attention)
 
 
-class Oracle:
-    """A Llama-family model directory on the CPU; `tokenizer` is None if it has none."""
+@dataclass(frozen=True)
+class Entries:
+    """How a cache stores its entries: in `dtype`, divided by their layer's scale."""
 
-    def __init__(self, model_dir: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    dtype: torch.dtype
+    scales: Sequence[float]
+
+    def stored(self, layer: int, numbers: Tensor) -> Tensor:
+        """What is read back of `numbers`."""
+        scale = self.scales[layer]
+        return (numbers / scale).to(self.dtype).to(numbers.dtype) * scale
+
+
+@dataclass
+class _Stored:
+    """A pass over entries as a cache stores them, those of the tokens that attend too."""
+
+    inner: Pass
+    entries: Entries
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        key, value = (self.entries.stored(layer, numbers) for numbers in (key, value))
+        return self.inner.attend(layer, query, key, value, scale)
+
+
+class Oracle:
+    """A Llama-family model directory on the CPU; `tokenizer` is None if it has none.
+
+    entries: how its cache stores keys and values; None: as the model computes them.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        entries: Entries | None = None,
+    ) -> None:
+        self.entries = entries
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=dtype,
@@ -229,6 +263,8 @@ class Oracle:
         self, tokens: Sequence[int], position: int, oracle_pass: Pass, num_logits: int = 1
     ) -> Tensor:
         """Logits [num_logits, vocabulary] of the last of `tokens`, whose first is at `position`."""
+        if self.entries is not None:
+            oracle_pass = _Stored(oracle_pass, self.entries)
         output = self.model(
             input_ids=torch.tensor([list(tokens)]),
             position_ids=torch.arange(position, position + len(tokens))[None],

@@ -22,6 +22,9 @@ def extend_cpu(
     extend_seq_lens: torch.Tensor | Sequence[int],
     scaling: float,
     out: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Causal attention of each request's new tokens over its prefix and themselves.
 
@@ -29,7 +32,7 @@ def extend_cpu(
     k_cache, v_cache: [slots, num_kv_heads, head_dim] of one layer, the new tokens' rows included.
     req_to_token: int32 [rows, max_context]; req_pool_indices: int [batch], rows of it.
     seq_lens, extend_prefix_lens, extend_seq_lens: int [batch], seq = prefix + extend.
-    scaling: factor on the logits.
+    scaling: factor on the logits. k_scale, v_scale: what the cached rows were divided by (fp8).
     out: [tokens, num_qo_heads, head_dim], mutated and returned.
 
     SGLang's torch_native computes seq_len x seq_len attention for every chunk; this computes
@@ -58,8 +61,8 @@ def extend_cpu(
                 k_cache[slots].to(q.dtype).transpose(0, 1),
                 v_cache[slots].to(q.dtype).transpose(0, 1),
                 prefix_len,
-                scaling,
-            )
+                scaling * k_scale,
+            ).mul_(v_scale)
         start = end
     if start != q.shape[0]:
         raise ValueError(f"extend_seq_lens sum to {start}: accepted is q.shape[0], {q.shape[0]}")

@@ -22,7 +22,12 @@ from lava_sglang.kernels.cpu import ragged_decode_jit as jit
 CHUNKS_PER_THREAD = 4  # so that a thread that was interrupted does not hold up the others
 MAX_GROUP = 16
 # torch storage -> the integers that the compiled code reads it as
-STORAGE = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+STORAGE = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.float32: torch.float32,
+    torch.float8_e4m3fn: torch.uint8,
+}
 
 
 def ragged_decode_cpu(
@@ -32,15 +37,19 @@ def ragged_decode_cpu(
     tables: BatchTables,
     scaling: float,
     out: torch.Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of one new token per request over its prefix, tape pieces and tail.
 
     q: [batch, num_qo_heads, head_dim], any float dtype. head_dim is a multiple of 8, num_qo_heads
         one to sixteen times num_kv_heads.
-    arena: [num_layers, 2, slots, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous; K first.
+    arena: [num_layers, 2, slots, num_kv_heads, head_dim] bf16, fp16, fp32 or e4m3fn, contiguous;
+        K first.
     layer: index into the arena.
     tables: where each request's entries are.
-    scaling: factor on the logits.
+    scaling: factor on the logits. k_scale, v_scale: what the entries were divided by (fp8).
     out: [batch, num_qo_heads, head_dim], mutated and returned. Zeros where seq_lens is 0.
 
     float32 inside. Bitwise the same for any number of threads. Raises ValueError on a shape or
@@ -58,7 +67,7 @@ def ragged_decode_cpu(
     num_threads = torch.get_num_threads()
     items, first_of_request, first_of_chunk, query, maxima, sums, outputs = jit.prepare(
         q.float().reshape(batch, -1).contiguous().numpy(),
-        np.float32(scaling * math.log2(math.e)),
+        np.float32(scaling * k_scale * math.log2(math.e)),
         order,
         layer,
         num_kv_heads,
@@ -90,7 +99,7 @@ def ragged_decode_cpu(
             helper.result()
     merged = np.empty((batch, num_qo_heads * head_dim), np.float32)
     jit.merge(items, first_of_request, num_kv_heads, group, order, maxima, sums, outputs, merged)
-    return out.copy_(torch.from_numpy(merged).view(q.shape))
+    return out.copy_((torch.from_numpy(merged) * v_scale).view(q.shape))
 
 
 def compile_ragged_decode(
@@ -102,7 +111,7 @@ def compile_ragged_decode(
     """
     arena = torch.zeros(1, 2, 2, num_kv_heads, head_dim, dtype=dtype)
     table = torch.zeros(1, dtype=torch.int32)
-    q = torch.zeros(1, num_qo_heads, head_dim, dtype=dtype)
+    q = torch.zeros(1, num_qo_heads, head_dim)
     ragged_decode_cpu(
         q,
         arena,

@@ -33,8 +33,8 @@ CHUNK_ENTRIES = 2048  # fewer are not worth another thread
 VALUE_UNROLL = 8
 CACHE_LINE = 64
 
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-BYTE_POINTER = ir.IntType(8).as_pointer()
+F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+BYTE_POINTER = I8.as_pointer()
 # exp2 on [-0.5, 0.5], minimax, relative error 1e-7 in float32.
 EXP2 = (
     1.0000000005541683,
@@ -112,7 +112,7 @@ class Emit:
         kind = ir.VectorType(element, count or self.lanes)
         pointer = self.builder.gep(data, [index])
         loaded = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()))
-        loaded.align = 4 if element in (F32, I32) else 2
+        loaded.align = {F32: 4, I32: 4, I8: 1}.get(element, 2)
         return loaded
 
     def store(self, vector: Any, data: Any, index: Any) -> None:
@@ -197,6 +197,8 @@ class Emit:
             data = builder.bitcast(data, ir.HalfType().as_pointer())
             half = self.load(data, index, ir.HalfType())
             return [builder.fpext(half, self.vector)]
+        if storage == types.uint8:
+            return [self.widen_e4m3(self.load(data, index, I8))]
         shift = ir.Constant(self.ints, [16] * self.lanes)
         if not pairs:
             bits = builder.zext(self.load(data, index, I16), self.ints)
@@ -205,6 +207,21 @@ class Emit:
         mask = ir.Constant(self.ints, [0xFFFF0000] * self.lanes)
         even, odd = builder.shl(bits, shift), builder.and_(bits, mask)
         return [builder.bitcast(even, self.vector), builder.bitcast(odd, self.vector)]
+
+    def widen_e4m3(self, bytes_: Any) -> Any:
+        """float8_e4m3fn as float32: exponent and mantissa where float32 has them, then the bias.
+
+        A small number is a float32 below the normal range until the product. NaN becomes 480.
+        """
+        builder = self.builder
+
+        def bits(mask: int, places: int) -> Any:
+            masked = builder.and_(wide, ir.Constant(self.ints, [mask] * self.lanes))
+            return builder.shl(masked, ir.Constant(self.ints, [places] * self.lanes))
+
+        wide = builder.zext(bytes_, self.ints)
+        number = builder.bitcast(builder.or_(bits(0x80, 24), bits(0x7F, 20)), self.vector)
+        return builder.fmul(number, self.constant(2.0 ** (127 - 7)))
 
 
 def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:

@@ -22,11 +22,11 @@ from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode, shape_reasons
 from lava_sglang.mem_cache.memory_plan import largest_batch
+from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
-    from sglang.srt.mem_cache.memory_pool import KVCache
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -36,7 +36,7 @@ class RaggedDecode:
 
     tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
     plans_on_host = False  # whether it needs `TapeTable.host`
-    token_to_kv_pool: KVCache
+    token_to_kv_pool: LavaMHATokenToKVPool
 
     def save(
         self,
@@ -46,10 +46,12 @@ class RaggedDecode:
         v: torch.Tensor,
         save_kv_cache: bool,
     ) -> None:
-        """Write the batch's K and V, [num_tokens, num_kv_heads, head_dim], to its new slots."""
+        """Write the batch's K and V, [num_tokens, num_kv_heads, head_dim], to its new slots. Where
+        the entries are fp8 they are divided by the layer's scales, in place."""
         if save_kv_cache and k is not None:
             location = KVWriteLoc.for_batch(forward_batch)
-            self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
+            scales = (layer.k_scale, layer.v_scale)
+            self.token_to_kv_pool.set_kv_buffer(layer, location, k, v, *scales)
 
     def save_and_attend(
         self,
@@ -164,12 +166,15 @@ class LavaAttnBackend(GpuRaggedDecode):
     def attend(
         self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
+        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         return ragged_decode(
             queries,
             self.token_to_kv_pool.arena,
             layer.layer_id,
             self.tables(self.req_to_token, forward_batch),
             layer.scaling,
+            k_scale=k_scale,
+            v_scale=v_scale,
             workspace=self.workspace,
         )
 
@@ -206,6 +211,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         out = torch.empty_like(queries)
+        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         ragged_decode_cpu(
             queries,
             self.token_to_kv_pool.arena,
@@ -213,6 +219,8 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
             self.tables(self.req_to_token_pool.req_to_token, forward_batch),
             layer.scaling,
             out,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return out
 
@@ -231,6 +239,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         self.save(layer, forward_batch, k, v, save_kv_cache)
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)
+        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         extend_cpu(
             queries,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -242,5 +251,7 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
             forward_batch.extend_seq_lens_cpu,
             layer.scaling,
             out,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         return out.view(q.shape[0], -1)

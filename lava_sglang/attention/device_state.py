@@ -24,9 +24,9 @@ class DeviceState:
     """One per ModelRunner, as `runner.kv_compression`: made when SGLang builds the attention
     backend, when the pools exist and before a graph is captured.
 
-    capture: what each layer's extend hands its queries to. scaling: float32 [num_layers], factor on
-    the attention logits. scores: None without a ladder, nothing is trimmed then. decode_queries:
-    None without `decode_interval`.
+    capture: what each layer's extend hands its queries to. dtype: the model's, of queries.
+    scaling: float32 [num_layers], factor on the product of a query and a stored key. scores: None
+    without a ladder, nothing is trimmed then. decode_queries: None without `decode_interval`.
     """
 
     def __init__(self, config: KVCompressionConfig, runner: ModelRunner):
@@ -35,8 +35,9 @@ class DeviceState:
         self.pool: LavaMHATokenToKVPool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.layers = attention_layers(runner.model)
+        self.dtype: torch.dtype = runner.model_config.dtype
         device = self.pool.device
-        scaling = [layer.scaling for layer in self.layers]
+        scaling = [layer.scaling * self.pool.scales(layer)[0] for layer in self.layers]
         self.scaling = torch.tensor(scaling, dtype=torch.float32, device=device)
         self.capture = WindowCapture()
         num_rows = self.req_to_token.shape[0]
@@ -47,13 +48,13 @@ class DeviceState:
             self.scores = ScoreTable(num_rows, self.pool.arena.shape[2], *shape)
         self.decode_queries: DecodeQueries | None = None
         if config.decode_interval is not None:
-            self.decode_queries = self._decode_queries(config, runner.model_config.dtype)
+            self.decode_queries = self._decode_queries(config)
 
-    def _decode_queries(self, config: KVCompressionConfig, dtype: torch.dtype) -> DecodeQueries:
+    def _decode_queries(self, config: KVCompressionConfig) -> DecodeQueries:
         num_rows, window_size = self.req_to_token.shape[0], config.window_size
         heads, head_dim = self.layers[0].tp_q_head_num, self.layers[0].qk_head_dim
         shape = (num_rows, len(self.layers), window_size, heads, head_dim)
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * self.dtype.itemsize
         if size > DECODE_QUERY_BYTES:
             raise KVCompressionError(
                 [
@@ -63,4 +64,4 @@ class DeviceState:
                     f"{DECODE_QUERY_BYTES * (num_rows - 1) // size} or a smaller window_size"
                 ]
             )
-        return DecodeQueries(*shape, dtype, self.pool.device)
+        return DecodeQueries(*shape, self.dtype, self.pool.device)

@@ -66,6 +66,7 @@ def install_in_scheduler(scheduler: LavaScheduler) -> None:
     """Raises KVCompressionError with every hook that did not take and every place that differs."""
     from lava_sglang.attention.positions import shift_positions
     from lava_sglang.attention.query_capture import AttentionHook, register_backends
+    from lava_sglang.mem_cache.cpu_fp8 import allow_without_amx, plain_entries
     from lava_sglang.mem_cache.memory_plan import MemoryPlan
     from lava_sglang.mem_cache.pool import use_arena_pool
 
@@ -73,6 +74,8 @@ def install_in_scheduler(scheduler: LavaScheduler) -> None:
     config = scheduler.kv_compression_config
     plan = MemoryPlan(config)
     hooks.add(f"sglang.{seams.POOL.target}", use_arena_pool)
+    hooks.add(f"sglang.{seams.CONFIGURE.target}", allow_without_amx, HookType.AROUND)
+    hooks.add(f"sglang.{seams.QUANT_METHOD.target}", plain_entries, HookType.AROUND)
     hooks.add(f"sglang.{seams.CELL_SIZE.target}", plan.add_slot_bytes)
     hooks.add(f"sglang.{seams.POOL_SIZE.target}", plan.add_fixed_bytes)
     hooks.add(f"sglang.{seams.ATTENTION.target}", AttentionHook(config))

@@ -53,10 +53,10 @@ READS: dict[str, tuple[str, ...]] = {
     "srt.mem_cache.memory_pool.MHATokenToKVPool": (
         *("layer_num", "head_num", "head_dim", "v_head_dim", "kv_cache_layout", "page_size"),
         *("store_dtype", "device", "memory_saver_adapter", "enable_custom_mem_pool"),
-        *("custom_mem_pool", "get_key_buffer", "get_value_buffer"),
+        *("custom_mem_pool", "get_key_buffer", "get_value_buffer", "dtype"),
     ),
     "srt.mem_cache.kv_cache_configurator.KVCacheConfigurator": (
-        *("device", "layer_info", "model_config"),
+        *("device", "layer_info", "model_config", "kv_cache_dtype"),
     ),
     "srt.model_executor.pool_configurator.DefaultPoolConfigurator": ("_fixed_overhead_bytes",),
     "srt.model_executor.model_runner.ModelRunner": (
@@ -69,7 +69,8 @@ READS: dict[str, tuple[str, ...]] = {
     ),
     "srt.layers.radix_attention.RadixAttention": (
         *("attn_type", "is_cross_attention", "layer_id", "logit_cap", "qk_head_dim", "scaling"),
-        *("sliding_window_size", "tp_q_head_num", "v_head_dim"),
+        *("sliding_window_size", "tp_q_head_num", "v_head_dim", "k_scale", "v_scale"),
+        *("k_scale_float", "v_scale_float"),
     ),
     "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend": (
         *("prefill_backend", "decode_backend"),

@@ -132,8 +132,8 @@ FEATURES = (
     Feature("language_only", _set, "encoder disaggregation"),
     Feature(
         "kv_cache_dtype",
-        lambda v: v not in ("auto", "bf16", "bfloat16", "float16"),
-        "a quantized KV cache",
+        lambda v: v not in ("auto", "bf16", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"),
+        "a KV cache of four bits or with scales of its own",
     ),
     Feature("enable_page_major_kv_layout", _set, "the page-major KV layout"),
     Feature("enable_unified_memory", _set, "the unified memory pool"),
@@ -187,9 +187,9 @@ def environment_reasons(environ: Mapping[str, str]) -> list[str]:
 
 def scheduler_reasons(scheduler: Scheduler) -> list[str]:
     """What the loaded model and the pools that SGLang built do not fit. Shapes only, no tensors."""
-    import torch
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+    from lava_sglang.kernels.arena import FP8_DTYPES
     from lava_sglang.mem_cache.pool import pool_reasons
 
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
@@ -197,12 +197,10 @@ def scheduler_reasons(scheduler: Scheduler) -> list[str]:
     reasons = pool_reasons(pool)
     if reasons:
         pass
-    elif pool.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"a KV cache of {pool.dtype} is not supported")
-    elif pool.dtype != runner.model_config.dtype:
+    elif pool.dtype not in (runner.model_config.dtype, *FP8_DTYPES):
         reasons.append(
             f"a KV cache of {pool.dtype} for a model of {runner.model_config.dtype} is not "
-            "supported: accepts --kv-cache-dtype auto"
+            "supported: accepts --kv-cache-dtype auto, fp8_e4m3 and fp8_e5m2"
         )
     if not isinstance(scheduler.tree_cache, UnifiedRadixCache):
         name = type(scheduler.tree_cache).__name__

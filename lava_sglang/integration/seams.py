@@ -102,6 +102,18 @@ POOL = Seam(
     ("self", "kind"),
     "SGLang's own seam for another pool; a platform subclass would take the place of the user's",
 )
+CONFIGURE = Seam(
+    "srt.mem_cache.kv_cache_configurator.KVCacheConfigurator.configure",
+    "hook",
+    ("self", "pre_model_load_memory"),
+    "on a CPU only: its check that eight-bit entries have AMX stands alone at its head",
+)
+QUANT_METHOD = Seam(
+    "srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_quant_method",
+    "hook",
+    ("self", "num_layers"),
+    "on a CPU only: eight-bit entries without AMX's layout",
+)
 CELL_SIZE = Seam(
     "srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
     "hook",
@@ -150,6 +162,8 @@ SEAMS = (
     OLLAMA_GENERATE,
     RESPONSES,
     POOL,
+    CONFIGURE,
+    QUANT_METHOD,
     CELL_SIZE,
     POOL_SIZE,
     ATTENTION,

@@ -14,6 +14,7 @@ import torch
 from lava_sglang.attention.device_state import DeviceState
 from lava_sglang.attention.window import DecodeQueries
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.kernels.arena import as_bits
 from lava_sglang.kernels.compact import compact
 from lava_sglang.kernels.tail_scores import tail_rows, tail_scores
 from lava_sglang.kernels.trim import refill, trim
@@ -56,7 +57,7 @@ class Compressor:
         self.arena = model.pool.arena
         self.req_to_token = model.req_to_token
         self.num_qo_heads = model.layers[0].tp_q_head_num
-        self.scaling = model.scaling
+        self.scaling, self.dtype = model.scaling, model.dtype
         self.tape = model.tape
         self.scores = model.scores
         self.timer = StreamTimer(model.pool.device)
@@ -83,7 +84,14 @@ class Compressor:
         prompt = PromptView(
             arena=arena,
             slots=slots,
-            queries=arena.new_zeros(num_layers, window_size, self.num_qo_heads, head_dim),
+            queries=torch.zeros(
+                num_layers,
+                window_size,
+                self.num_qo_heads,
+                head_dim,
+                dtype=self.dtype,
+                device=arena.device,
+            ),
             scaling=self.scaling,
             shared_prefix_len=0,
             window_size=window_size,
@@ -145,7 +153,8 @@ class Compressor:
             if len(private) > budget:  # whole pages: the tail does not start where a page does
                 tail = exact_slots[plan.prompt_len :]
                 tail_slots = private[budget : budget + len(tail)]
-                self.arena[:, :, tail_slots] = self.arena[:, :, tail]
+                entries = as_bits(self.arena)  # torch has no index_put of fp8
+                entries[:, :, tail_slots] = entries[:, :, tail]
             removed = plan.suffix_len - budget
             self.tape.commit(row, plan.shared_prefix_len, budget, removed, kept.offsets)
         self.stream.fence_row_writes()

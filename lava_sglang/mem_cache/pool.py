@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from lava_sglang.config import refuse
-from lava_sglang.kernels.arena import head_dim_reasons
+from lava_sglang.kernels.arena import FP8_DTYPES, head_dim_reasons
 from lava_sglang.mem_cache.arena import create_arena, layer_views
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
 
 
 def use_arena_pool(result: Any, platform: Any, *, kind: str) -> Any:
@@ -30,8 +33,9 @@ def pool_reasons(pool: Any) -> list[str]:
 class LavaMHATokenToKVPool(MHATokenToKVPool):
     """`MHATokenToKVPool` (srt/mem_cache/memory_pool.py): same constructor, slots and bytes.
 
-    `arena` is [num_layers, 2, padded slots, num_kv_heads, head_dim]; `k_buffer` and `v_buffer` are
-    its views, so every kernel of SGLang reads and writes it unchanged.
+    `arena` is [num_layers, 2, padded slots, num_kv_heads, head_dim] in the dtype of the entries;
+    `k_buffer` and `v_buffer` are its views, so every kernel of SGLang reads and writes it
+    unchanged. Of fp8 entries the views are bytes, as SGLang has them.
     """
 
     arena: torch.Tensor
@@ -51,6 +55,14 @@ class LavaMHATokenToKVPool(MHATokenToKVPool):
             )
         return reasons
 
+    def scales(self, layer: RadixAttention) -> tuple[float, float]:
+        """What a layer's K and V entries were divided by before they became fp8: the checkpoint's
+        calibration, 1 without one and for entries in the model's own dtype."""
+        if self.dtype not in FP8_DTYPES:
+            return 1.0, 1.0
+        k_scale = _scale(layer.k_scale_float, layer.k_scale)
+        return k_scale, _scale(layer.v_scale_float, layer.v_scale)
+
     def _create_buffers_normal(self) -> None:
         refuse(self._reasons())
         rows, num_kv_heads, head_dim = self._kv_buffer_shapes()[0]
@@ -61,7 +73,16 @@ class LavaMHATokenToKVPool(MHATokenToKVPool):
             else nullcontext()
         )
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE), in_custom_pool:
-            self.arena = create_arena(
+            stored = create_arena(
                 self.layer_num, padded, num_kv_heads, head_dim, self.store_dtype, self.device
             )
-        self.k_buffer, self.v_buffer = layer_views(self.arena, rows)
+        self.arena = stored.view(self.dtype)
+        self.k_buffer, self.v_buffer = layer_views(stored, rows)
+
+
+def _scale(on_host: float | None, written_with: float | torch.Tensor | None) -> float:
+    """A scale of a layer. SGLang keeps a checkpoint's as a tensor and on the host, and one of
+    `--quantization-param-path` as a number, which is in no other place."""
+    if on_host is not None:
+        return on_host
+    return 1.0 if written_with is None else float(written_with)

@@ -118,6 +118,7 @@ def model_runner() -> SimpleNamespace:
     return SimpleNamespace(
         server_args=SimpleNamespace(enable_pdmux=False),
         hybrid_gdn_config=None,
+        model_config=SimpleNamespace(dtype=torch.float32),
         model=nn.ModuleList(layers),
         token_to_kv_pool=build_engine().pool,
         req_to_token_pool=SimpleNamespace(req_to_token=torch.zeros(5, 16, dtype=torch.int32)),
@@ -161,7 +162,9 @@ def cpu_runner(device: str) -> Any:
             num_attention_heads=18, get_num_kv_heads=lambda tp_size: 6 // tp_size, head_dim=64
         ),
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(5, dtype=torch.int32)[None]),
-        token_to_kv_pool=SimpleNamespace(arena=torch.ones(2, 2, 5, 3, 64)),
+        token_to_kv_pool=SimpleNamespace(
+            arena=torch.ones(2, 2, 5, 3, 64), scales=lambda layer: (1.0, 1.0)
+        ),
     )
 
 

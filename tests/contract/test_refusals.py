@@ -53,7 +53,7 @@ ON: dict[str, Any] = {
     "is_embedding": True,
     "encoder_only": True,
     "language_only": True,
-    "kv_cache_dtype": "fp8_e4m3",
+    "kv_cache_dtype": "nvfp4",
     "enable_page_major_kv_layout": True,
     "enable_unified_memory": True,
     "prefill_only_disable_kv_cache": True,
@@ -91,14 +91,14 @@ def test_a_feature_is_refused_by_name(feature: refusals.Feature) -> None:
     assert reason == f"{feature.name} is not supported ({option}={value!r})"
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_e4m3", "nvfp4", "mxfp8", "fp4_mx_block16"])
-def test_every_quantized_cache_is_refused(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["nvfp4", "mxfp8", "fp4_mx_block16"])
+def test_a_cache_of_blocks_with_scales_is_refused(dtype: str) -> None:
     (reason,) = refusals.feature_reasons(view_with(kv_cache_dtype=dtype))
-    assert reason.startswith("a quantized KV cache is not supported")
+    assert reason.startswith("a KV cache of four bits or with scales of its own is not supported")
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16"])
-def test_a_plain_cache_is_served(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "bfloat16", "fp8_e5m2", "fp8_e4m3"])
+def test_a_plain_cache_and_one_of_eight_bits_are_served(dtype: str) -> None:
     assert refusals.feature_reasons(view_with(kv_cache_dtype=dtype)) == []
 
 
@@ -309,7 +309,6 @@ class OtherPool:
             "TorchNativeAttnBackend does not hand over",
         ),
         ({"attention_chunk_size": 8192}, "chunk"),
-        ({"dtype": torch.float8_e4m3fn}, "float8_e4m3fn"),
         (
             {"dtype": torch.bfloat16, "model_dtype": torch.float16},
             "a KV cache of torch.bfloat16 for a model of torch.float16",
@@ -323,7 +322,6 @@ class OtherPool:
         "backend",
         "hybrid backend",
         "attention chunks",
-        "checkpoint with an fp8 cache",
         "a cache of another dtype",
     ],
 )
@@ -332,6 +330,14 @@ def test_what_sglang_built_is_refused_by_name(
 ) -> None:
     (reason,) = refusals.scheduler_reasons(scheduler_with(**changes))
     assert words in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_checkpoint_with_an_fp8_cache_is_served(
+    runtime_context: None, dtype: torch.dtype
+) -> None:
+    found = scheduler_with(dtype=dtype, model_dtype=torch.bfloat16)
+    assert refusals.scheduler_reasons(found) == []
 
 
 def test_a_hybrid_backend_that_captures_at_its_prefill_is_served(runtime_context: None) -> None:

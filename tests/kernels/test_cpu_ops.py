@@ -18,6 +18,8 @@ from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3 = torch.float8_e4m3fn
+K_SCALE, V_SCALE = 0.375, 2.5  # of fp8 entries
 # Outputs are rounded to the dtype; inside, all arithmetic is float32.
 TOLERANCE = {FP32: 2e-6, FP16: 1e-3, BF16: 8e-3}
 
@@ -40,6 +42,9 @@ class Tape:
         slots = 1 + self.rows * self.max_context
         shape = (self.num_layers, 2, slots, self.num_kv_heads, self.head_dim)
         self.arena = torch.randn(shape, generator=self.generator).to(self.dtype)
+        is_fp8 = self.dtype == E4M3
+        self.k_scale, self.v_scale = (K_SCALE, V_SCALE) if is_fp8 else (1.0, 1.0)
+        self.q_dtype = FP32 if is_fp8 else self.dtype
         self.free = 1 + torch.randperm(slots - 1, generator=self.generator)
         self.req_to_token = torch.zeros(self.rows, self.max_context, dtype=torch.int32)
         self.prefix_lens = torch.zeros(self.rows, dtype=torch.int32)
@@ -75,7 +80,7 @@ class Tape:
 
     def queries(self, batch: int) -> torch.Tensor:
         shape = (batch, self.num_kv_heads * self.group, self.head_dim)
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.q_dtype)
 
     def decode(self, q: torch.Tensor, rows: list[int], layer: int) -> torch.Tensor:
         return ragged_decode_cpu(
@@ -92,6 +97,8 @@ class Tape:
             ),
             self.head_dim**-0.5,
             torch.full_like(q, math.nan),
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
         )
 
     def entries(self, row: int, layer: int, head: int) -> Iterator[tuple[int, int, int]]:
@@ -117,8 +124,8 @@ class Tape:
         for place, row in enumerate(rows):
             for head in range(self.num_kv_heads):
                 homes, slots, heads = zip(*self.entries(row, layer, head), strict=True)
-                k = self.arena[list(homes), 0, list(slots), list(heads)].double()
-                v = self.arena[list(homes), 1, list(slots), list(heads)].double()
+                k = self.arena[list(homes), 0, list(slots), list(heads)].double() * self.k_scale
+                v = self.arena[list(homes), 1, list(slots), list(heads)].double() * self.v_scale
                 for g in range(head * self.group, (head + 1) * self.group):
                     logits = k @ q[place, g].double() * self.head_dim**-0.5
                     out[place, g] = logits.softmax(0) @ v
@@ -128,10 +135,9 @@ class Tape:
         q = self.queries(len(rows))
         out = self.decode(q, rows, layer)
         expected = self.oracle(q, rows, layer)
-        assert out.dtype == self.dtype
-        torch.testing.assert_close(
-            out.double(), expected, rtol=TOLERANCE[self.dtype], atol=TOLERANCE[self.dtype]
-        )
+        assert out.dtype == self.q_dtype
+        tolerance = TOLERANCE[self.q_dtype] * self.v_scale
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +151,7 @@ def restore_threads() -> Iterator[None]:
 SHAPES = [(64, 3), (80, 1), (128, 4), (64, 8), (96, 5), (256, 16), (72, 2)]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, E4M3], ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), SHAPES)
 def test_mixed_batch(head_dim: int, group: int, dtype: torch.dtype) -> None:
     if (head_dim, group) in SHAPES[4:] and dtype == FP16:
@@ -160,6 +166,19 @@ def test_mixed_batch(head_dim: int, group: int, dtype: torch.dtype) -> None:
     ]
     for layer in range(2):
         tape.check(rows, layer)
+
+
+def test_every_e4m3_number() -> None:
+    """Each request has one entry, so its output is that entry's V. 480 stands for NaN."""
+    tape = Tape(1, 1, 1, 64, E4M3, rows=5)
+    rows = [tape.add(1) for _ in range(4)]
+    codes = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    slots = tape.req_to_token[rows, 0].long()
+    tape.arena.view(torch.uint8)[0, 1, slots, 0] = codes
+    want = codes.view(E4M3).float() * V_SCALE
+    want = want.where(~want.isnan(), torch.where(codes < 128, 480.0, -480.0) * V_SCALE)
+    got = tape.decode(torch.zeros(4, 1, 64), rows, 0)[:, 0]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
 def test_empty_piece_one_entry_and_head_with_everything() -> None:
@@ -285,7 +304,8 @@ def extend_oracle(
     for row, prefix_len, extend_len in zip(rows, prefix_lens, extend_lens, strict=True):
         for position in range(prefix_len, prefix_len + extend_len):
             slots = tape.req_to_token[row, : position + 1].long()
-            k, v = tape.arena[0, 0, slots].double(), tape.arena[0, 1, slots].double()
+            k = tape.arena[0, 0, slots].double() * tape.k_scale
+            v = tape.arena[0, 1, slots].double() * tape.v_scale
             heads = q[token].double().view(tape.num_kv_heads, tape.group, tape.head_dim)
             logits = torch.einsum("hgd,nhd->hgn", heads, k) * tape.head_dim**-0.5
             out[token] = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), v).flatten(0, 1)
@@ -293,7 +313,7 @@ def extend_oracle(
     return out
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, E4M3], ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (64, 3), (80, 4), (128, 8), (256, 16)])
 def test_extend(head_dim: int, group: int, dtype: torch.dtype) -> None:
     tape = Tape(1, 2, group, head_dim, dtype, max_context=300, rows=7)
@@ -312,10 +332,12 @@ def test_extend(head_dim: int, group: int, dtype: torch.dtype) -> None:
         torch.tensor(extend_lens),
         head_dim**-0.5,
         torch.full_like(q, math.nan),
+        k_scale=tape.k_scale,
+        v_scale=tape.v_scale,
     )
     expected = extend_oracle(q, tape, rows, prefix_lens, extend_lens)
     # Two parts, each rounded to the dtype before the merge.
-    tolerance = 2 * TOLERANCE[dtype]
+    tolerance = 2 * TOLERANCE[tape.q_dtype] * tape.v_scale
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 

@@ -332,6 +332,21 @@ def test_a_smaller_budget_keeps_a_subset(method_name: str) -> None:
             assert set(smaller[layer][head]) <= set(larger[layer][head])
 
 
+@pytest.mark.parametrize("name", READ_THE_PROMPT)
+def test_scales_of_stored_entries_change_no_choice(name: str, shape: Shape) -> None:
+    """K's scale is a factor of the logits; V's is one of all scores of its layer, which compete
+    with each other only. Powers of two, which round nothing."""
+    prompt = random_prompt(shape)
+    scales = torch.tensor([[0.5, 4.0], [1.0, 0.25], [8.0, 2.0]])[:, :, None, None, None]
+    assert prompt.scaling is not None
+    stored = prompt._replace(
+        arena=prompt.arena / scales, scaling=prompt.scaling * scales[:, 0, 0, 0, 0]
+    )
+    method = method_of(settings_for(shape, name))
+    ours, theirs = (keep(method, one, shape.budget) for one in (stored, prompt))
+    assert all(torch.equal(*parts) for parts in zip(ours, theirs, strict=True))
+
+
 class Equal(Method):
     """Everything ties."""
 

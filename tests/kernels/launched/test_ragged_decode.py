@@ -100,18 +100,13 @@ def test_output_and_strided_queries() -> None:
 
 
 @pytest.mark.parametrize("by_bits", [False, True])
-@pytest.mark.parametrize("stored_as_bytes", [False, True])
 @pytest.mark.parametrize("kv_dtype", FP8)
-def test_fp8(
-    kv_dtype: torch.dtype, stored_as_bytes: bool, by_bits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp8(kv_dtype: torch.dtype, by_bits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`by_bits`: as on chips for which Triton has no conversion from e4m3fn."""
     monkeypatch.setattr(arena_module, "_converts_e4m3fn", lambda: not by_bits)
     batch = tape_batch(MIXED[:2])
     batch.arena = (batch.arena.float() / 8).to(kv_dtype)
-    if stored_as_bytes:
-        batch.arena = batch.arena.view(torch.uint8)
-    check(batch, k_scale=8.0, v_scale=2.0, kv_dtype=kv_dtype)
+    check(batch, k_scale=8.0, v_scale=2.0)
 
 
 def test_every_e4m3_value_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,10 +115,11 @@ def test_every_e4m3_value_by_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tape_batch([Request(0, 0, 1)] * 4, layers=1, kv_heads=1, group=1)
     values = torch.arange(256, dtype=torch.uint8).view(4, 64)
     values[values & 0x7F == 0x7F] = 0  # NaN
-    batch.arena = torch.zeros(1, 2, 21, 1, 64, dtype=torch.uint8)
-    batch.arena[0, 1, batch.req_to_token[batch.req_pool_indices, 0].long(), 0] = values
+    arena = torch.zeros(1, 2, 21, 1, 64, dtype=torch.uint8)
+    arena[0, 1, batch.req_to_token[batch.req_pool_indices, 0].long(), 0] = values
+    batch.arena = arena.view(torch.float8_e4m3fn)
     args = (batch.q, batch.arena, 0, batch.tables(), batch.scaling)
-    out = ragged_decode_triton(*args, workspace=workspace_for(batch), kv_dtype=torch.float8_e4m3fn)
+    out = ragged_decode_triton(*args, workspace=workspace_for(batch))
     assert torch.equal(out[:, 0], values.view(torch.float8_e4m3fn).half())
 
 

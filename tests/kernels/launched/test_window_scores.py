@@ -50,10 +50,9 @@ def check(
     if "recency" in options:
         places = torch.arange(inputs[0].shape[1], dtype=torch.float32)
         options["query_weights"] = (places / options.pop("recency")).softmax(0)
-    kv_dtype = options.pop("kv_dtype", None)
     scored = ScoreOptions(**options)
-    got = window_scores_triton(*args, scored, kv_dtype=kv_dtype)
-    want = window_scores_ref(*args, scored, kv_dtype=kv_dtype)
+    got = window_scores_triton(*args, scored)
+    want = window_scores_ref(*args, scored)
     assert want.shape[2] == len(inputs[2]) - prefix - window
     torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
 
@@ -195,7 +194,7 @@ def test_fp8(
 ) -> None:
     monkeypatch.setattr(arena_module, "_converts_e4m3fn", lambda: not by_bits)
     queries, arena, slots = prompt()
-    check((queries, arena.to(kv_dtype).view(torch.uint8), slots), kv_dtype=kv_dtype, **options)
+    check((queries, arena.to(kv_dtype), slots), **options)
 
 
 @METHODS
