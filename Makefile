@@ -4,8 +4,6 @@ PYTHON ?=
 VENV ?= .venv
 MODEL_DIR ?= .models/smollm2
 PORT ?= 30000
-# A server start keeps one core busy: two workers take two thirds of the time (tests/conftest.py).
-WORKERS := -n 2 --dist loadgroup
 # Further options: of the demo, of the server, of pytest.
 ARGS ?=
 
@@ -43,7 +41,7 @@ serve: model
 	    --kv-compression lava_span --enable-metrics $(ARGS)
 
 test: venv
-	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(or $(ARGS),$(WORKERS))
+	LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(ARGS)
 
 gpu: venv
 	LAVA_TEST_DEVICE=cuda LAVA_MODEL_DIR=$(abspath $(MODEL_DIR)) $(BIN)/python -m pytest $(or $(ARGS),tests/kernels/launched tests/gpu)
