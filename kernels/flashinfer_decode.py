@@ -132,15 +132,11 @@ class FlashInferDecode:
         self.tape_lens = [0] * self.num_layers
         self.on_tape = torch.empty(0)
 
-    def plan_tape(
-        self,
-        tables: BatchTables,
-        offsets_cpu: torch.Tensor,
-    ) -> None:
+    def plan_tape(self, tables: BatchTables, offsets_cpu: torch.Tensor) -> None:
         """Plan every layer for a batch of requests; `run` then needs the same batch.
 
-        offsets_cpu: int32 [bs, num_layers * num_kv_heads + 1] on the
-        host, the batch's rows of `offsets`; zeros for a request that is not compressed.
+        offsets_cpu: int32 [bs, num_layers * num_kv_heads + 1] on the host, the batch's rows of
+        `offsets`; zeros for a request that is not compressed.
         """
         bs = len(tables.req_pool_indices)
         layout = TapeLayout(offsets_cpu, self.num_layers, self.num_kv_heads)
@@ -162,11 +158,7 @@ class FlashInferDecode:
                     rows = bs * self.num_kv_heads
                     self._plan(self.tape[layer], layout.indptr[layer], pages[layer], rows, 1)
 
-    def plan_exact(
-        self,
-        tables: BatchTables,
-        exact_lens_cpu: torch.Tensor,
-    ) -> None:
+    def plan_exact(self, tables: BatchTables, exact_lens_cpu: torch.Tensor) -> None:
         """Plan prefix and tail of this step, for all layers.
 
         exact_lens_cpu: int [bs] on the host, P + tail of each request, the new token included.

@@ -210,12 +210,11 @@ class Oracle:
 
         record = _PrefillPass(slice(start, start + window_size))
         logits = self.forward(list(input_ids), 0, record)[-1]
-        values = torch.stack(record.values)
         return Prefill(
             input_ids=list(input_ids),
             window_start=start,
             keys=torch.stack(record.keys),
-            values=values,
+            values=torch.stack(record.values),
             logits=logits,
             window_queries=torch.stack(record.queries),
             window_attention=torch.stack(record.attention),

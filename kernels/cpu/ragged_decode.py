@@ -99,7 +99,7 @@ def ragged_decode_cpu(
             helper.result()
     merged = np.empty((batch, num_qo_heads * head_dim), np.float32)
     jit.merge(items, first_of_request, num_kv_heads, group, order, maxima, sums, outputs, merged)
-    return out.copy_((torch.from_numpy(merged) * v_scale).view(q.shape))
+    return out.copy_(torch.from_numpy(merged).mul_(v_scale).view(q.shape))
 
 
 def compile_ragged_decode(

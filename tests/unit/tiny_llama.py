@@ -2,6 +2,7 @@
 """A random Llama that prefills in milliseconds, and prompts for it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,10 +11,11 @@ VOCABULARY = 256
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
 
 
-def write_tiny_llama(path: Path) -> Path:
-    """Saves it to `path`: grouped heads, weights large enough that attention is not flat."""
+def write_tiny_llama(path: Path, **changes: Any) -> Path:
+    """Saves it to `path`: grouped heads, weights large enough that attention is not flat.
+    changes: of its configuration."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
@@ -27,7 +29,7 @@ def write_tiny_llama(path: Path) -> Path:
         bos_token_id=None,
         eos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(path)
     return path
 
 
