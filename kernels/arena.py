@@ -57,6 +57,15 @@ def _converts_e4m3fn() -> bool:
 
 
 @triton.jit
+def capped(logits, cap):
+    """`reference.capped_ref`, cap above 0. By exp2, which every target and the interpreter have."""
+    # tanh(x) = (1 - t) / (1 + t) with t = exp(-2 x), x >= 0.
+    t = tl.exp2(tl.abs(logits) * (-2 * 1.4426950408889634 / cap))
+    tanh = (1 - t) / (1 + t)
+    return cap * tl.where(logits < 0, -tanh, tanh)
+
+
+@triton.jit
 def entry_place(layer, slot, head, slots, H: tl.constexpr):
     """The K row of an entry among all rows, int64; its V row is `slots * H` rows further."""
     plane = layer.to(tl.int64) * 2

@@ -24,6 +24,7 @@ def window_attention_ref(
     keys: torch.Tensor,
     scaling: float,
     *,
+    logit_cap: float = 0.0,
     query_weights: torch.Tensor | None = None,
     root_mean_square: bool = False,
     absent: torch.Tensor | None = None,
@@ -32,7 +33,7 @@ def window_attention_ref(
 
     queries: [W, num_qo_heads, head_dim], after RoPE, of the last W tokens.
     keys: [prompt_len, num_kv_heads, head_dim], after RoPE.
-    scaling: factor on the logits, 1/sqrt(head_dim) in most models.
+    scaling: factor on the logits, 1/sqrt(head_dim) in most models. logit_cap: as of `capped_ref`.
     query_weights: float32 [W] with the sum 1, of the mean over the W tokens; None: all alike.
     root_mean_square: the quadratic mean in place of the arithmetic one.
     absent: bool [num_kv_heads, prompt_len], places where a head has no entry.
@@ -46,6 +47,7 @@ def window_attention_ref(
     q = queries.float().transpose(0, 1).reshape(num_kv_heads, group * num_queries, head_dim)
     k = keys.float().permute(1, 2, 0)  # [num_kv_heads, head_dim, prompt_len]
     logits = torch.matmul(q * scaling, k).view(num_qo_heads, num_queries, prompt_len)
+    logits = capped_ref(logits, logit_cap)
     # Query t stands at prompt_len - W + t and sees the tokens up to itself.
     hidden = torch.ones(num_queries, num_queries, dtype=torch.bool, device=q.device).triu(1)
     logits[:, :, prompt_len - num_queries :].masked_fill_(hidden, float("-inf"))
@@ -57,6 +59,12 @@ def window_attention_ref(
         attention.square_()
     mean = attention.mean(dim=1) if query_weights is None else query_weights @ attention
     return mean.sqrt() if root_mean_square else mean
+
+
+def capped_ref(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits in (-cap, cap), those near 0 as they are; cap 0 leaves them all. Source: Gemma 2,
+    arXiv 2408.00118."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def max_pool_ref(scores: torch.Tensor, width: int) -> torch.Tensor:
@@ -116,18 +124,23 @@ def window_scores_ref(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
+    *,
+    layers: torch.Tensor | None = None,
+    logit_cap: float = 0.0,
 ) -> torch.Tensor:
     """`window_scores.window_scores`, one layer at a time: what the last queries of the prompt
     attend to, times how much its value can change the output."""
-    num_layers = arena.shape[0]
+    num_layers = len(queries)
     scored = slice(shared_prefix_len, len(prompt_slots) - window_size)
     scales = torch.as_tensor(scaling, dtype=torch.float32).expand(num_layers).tolist()
+    arena_layers = range(num_layers) if layers is None else layers.tolist()
     scores = []
-    for layer in range(num_layers):
+    for own_queries, scale, layer in zip(queries, scales, arena_layers, strict=True):
         attention = window_attention_ref(
-            queries[layer],
+            own_queries,
             arena[layer, 0, prompt_slots],
-            scales[layer],
+            scale,
+            logit_cap=logit_cap,
             query_weights=options.query_weights,
             root_mean_square=options.root_mean_square,
         )
@@ -248,6 +261,8 @@ def ragged_decode_ref(
     tables: BatchTables,
     scaling: float,
     *,
+    sliding_window: int = 0,
+    logit_cap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -260,26 +275,21 @@ def ragged_decode_ref(
         slots = req_to_token[row, : int(seq_lens[i])].long()
         prefix_len, budget = int(prefix_lens[row]), int(budgets[row])
         for head in range(num_kv_heads):
-            exact = slots
-            tape = slots.new_empty(0)
+            kv = arena[layer, :, slots, head].transpose(0, 1)  # [entries, 2, head_dim]
             if budget:
-                exact = torch.cat([slots[:prefix_len], slots[prefix_len + budget :]])
                 column = layer * num_kv_heads + head
                 tape = torch.arange(*offsets[row, column : column + 2].tolist(), device=q.device)
-            column, place = tape // max(budget, 1), tape % max(budget, 1)
-            # [entries, 2, head_dim]
-            kv = torch.cat(
-                [
-                    arena[layer, :, exact, head].transpose(0, 1),
-                    arena[
-                        column // num_kv_heads, :, slots[prefix_len + place], column % num_kv_heads
-                    ],
+                column, place = tape // budget, tape % budget
+                piece = arena[
+                    column // num_kv_heads, :, slots[prefix_len + place], column % num_kv_heads
                 ]
-            ).float()
+                kv = torch.cat([kv[:prefix_len], piece, kv[prefix_len + budget :]])
+            kv = kv[-sliding_window:].float()
             k, v = kv[:, 0] * k_scale, kv[:, 1] * v_scale
             q_heads = slice(head * group, (head + 1) * group)
             if len(kv):
-                attention = (q[i, q_heads].float() @ k.T * scaling).softmax(-1)
+                logits = capped_ref(q[i, q_heads].float() @ k.T * scaling, logit_cap)
+                attention = logits.softmax(-1)
                 out[i, q_heads] = (attention @ v).to(q.dtype)
     return out
 

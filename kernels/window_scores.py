@@ -10,12 +10,15 @@ is written.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from lava_sglang.kernels.arena import (
     FP8_DTYPES,
+    capped,
     check_arena,
     entry_offset,
     load_entries,
@@ -37,22 +40,30 @@ def window_scores(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
+    *,
+    layers: torch.Tensor | None = None,
+    logit_cap: float = 0.0,
 ) -> torch.Tensor:
     """Importance of each scored entry: those of the suffix before its observation window.
 
     queries: [num_layers, window queries, num_qo_heads, head_dim], after RoPE, of the last tokens
     of the prompt; at most window_size of them, fewer if the prefix covers part of the window.
-    arena: [num_layers, 2, slots, num_kv_heads, head_dim] in the queries' dtype or fp8.
+    arena: [arena layers, 2, slots, num_kv_heads, head_dim] in the queries' dtype or fp8.
+    layers: int64 [num_layers], the arena's layer of each of the queries'; None: the same.
     prompt_slots: int64 [prompt_len]. shared_prefix_len, window_size: P and w, in tokens.
     scaling: factor on the logits, or float32 [num_layers]. It includes the k_scale of an fp8
     arena; a layer's v_scale has no effect on the order within the layer, nor on its entropy.
+    logit_cap: as of `reference.capped_ref`.
     options: how attention becomes a score.
     Returns float32 [num_layers, num_kv_heads, prompt_len - P - w], all finite: attention, and the
     norm of a value, that is infinite or not a number counts as 0. Reads nothing back to the host.
     Source: LAVa, arXiv 2509.09754 (max, head); SnapKV, arXiv 2404.14469 (mean, none).
     """
     run = window_scores_triton if arena.is_cuda else window_scores_ref
-    return run(queries, arena, prompt_slots, shared_prefix_len, window_size, scaling, options)
+    return run(
+        queries, arena, prompt_slots, shared_prefix_len, window_size, scaling, options,
+        layers=layers, logit_cap=logit_cap,
+    )  # fmt: skip
 
 
 def window_scores_triton(
@@ -63,14 +74,17 @@ def window_scores_triton(
     window_size: int,
     scaling: float | torch.Tensor,
     options: ScoreOptions = LAVA,
+    *,
+    layers: torch.Tensor | None = None,
+    logit_cap: float = 0.0,
 ) -> torch.Tensor:
     """`window_scores` by the Triton kernels."""
-    num_layers, slots, num_kv_heads, head_dim = check_arena(arena)
-    _, num_queries, num_qo_heads, _ = queries.shape
+    arena_layers, slots, num_kv_heads, head_dim = check_arena(arena)
+    num_layers, num_queries, num_qo_heads, _ = queries.shape
     group = num_qo_heads // num_kv_heads
     prompt_len = len(prompt_slots)
     num_scored = prompt_len - shared_prefix_len - window_size
-    assert queries.shape[0] == num_layers and queries.shape[3] == head_dim, queries.shape
+    assert queries.shape[3] == head_dim, queries.shape
     assert queries.is_contiguous() and prompt_slots.is_contiguous()
     assert arena.dtype in (queries.dtype, *FP8_DTYPES), (arena.dtype, queries.dtype)
     assert num_qo_heads == group * num_kv_heads, (num_qo_heads, num_kv_heads)
@@ -79,6 +93,10 @@ def window_scores_triton(
     assert prompt_slots.dtype == torch.int64, prompt_slots.dtype
 
     device = arena.device
+    if layers is None:
+        assert arena_layers == num_layers, (arena.shape, queries.shape)
+        layers = torch.arange(num_layers, device=device)
+    assert layers.shape == (num_layers,) and layers.dtype == torch.int64, layers
     data, e4m3_bits, factor = loadable(arena)
     if not isinstance(scaling, torch.Tensor):
         scaling = torch.full((num_layers,), scaling, device=device)
@@ -96,29 +114,27 @@ def window_scores_triton(
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "E4M3_BITS": e4m3_bits,
     }
+    prompt = _Prompt(queries, data, prompt_slots, layers, scaling, logit_cap * LOG2E, arena_shape)
     together = max(1, min(num_layers, SCRATCH_BYTES // (4 * num_qo_heads * num_scored)))
     attention = torch.empty(together, num_qo_heads, num_scored, device=device)
     scores = torch.empty(num_layers, num_kv_heads, num_scored, device=device)
     for first_layer in range(0, num_layers, together):
-        layers = min(together, num_layers - first_layer)
-        sums = _log_sums(
-            queries, data, prompt_slots, scaling, first_layer, layers, group, arena_shape
-        )
+        count = min(together, num_layers - first_layer)
+        sums = _log_sums(prompt, first_layer, count)
         _attend_scored(
-            queries, data, prompt_slots, scaling,
-            _weigh(sums, query_weights, options.root_mean_square), attention,
-            first_layer, layers, group, shared_prefix_len, arena_shape,
+            prompt, _weigh(sums, query_weights, options.root_mean_square), attention,
+            first_layer, count, shared_prefix_len,
             root_mean_square=options.root_mean_square,
             token_norm=options.value_norm == "token",
         )  # fmt: skip
         # The number that a loaded value stands for is `factor` times itself.
         norms = torch.full(
-            (layers, num_kv_heads), factor if options.value_norm == "token" else 1.0, device=device
+            (count, num_kv_heads), factor if options.value_norm == "token" else 1.0, device=device
         )
         if options.value_norm == "head":
             scored_slots = prompt_slots[shared_prefix_len : prompt_len - window_size]
-            norms = _value_norms(data, scored_slots, first_layer, layers, factor, arena_shape)
-        _pool[(triton.cdiv(num_scored, 1024), num_kv_heads, layers)](
+            norms = _value_norms(prompt, scored_slots, first_layer, count, factor)
+        _pool[(triton.cdiv(num_scored, 1024), num_kv_heads, count)](
             attention,
             norms,
             scores[first_layer:],
@@ -135,42 +151,53 @@ def window_scores_triton(
     return scores
 
 
-def _log_sums(
-    queries: torch.Tensor,
-    data: torch.Tensor,
-    prompt_slots: torch.Tensor,
-    scaling: torch.Tensor,
-    first_layer: int,
-    layers: int,
-    group: int,
-    arena_shape: dict[str, int],
-) -> torch.Tensor:
-    """Base-2 log-sum-exp of every window query over the prompt, [layers, H, group * queries]."""
-    num_queries, num_kv_heads = queries.shape[1], arena_shape["H"]
-    rows = group * num_queries
-    block_r, block_n, num_warps = _sums_blocks(rows, arena_shape["BLOCK_D"], queries.dtype)
+class _Prompt(NamedTuple):
+    """What all kernels read of a prompt."""
+
+    queries: torch.Tensor
+    data: torch.Tensor  # the arena, as `loadable` hands it over
+    slots: torch.Tensor  # int64 [prompt_len]
+    layers: torch.Tensor  # int64 [num_layers], the arena's layer of each of the queries'
+    scaling: torch.Tensor  # float32 [num_layers], to the base-2 logarithm
+    logit_cap: float  # to the base-2 logarithm
+    arena_shape: dict[str, int]
+
+    @property
+    def group(self) -> int:
+        return self.queries.shape[2] // self.arena_shape["H"]
+
+
+def _log_sums(prompt: _Prompt, first_layer: int, count: int) -> torch.Tensor:
+    """Base-2 log-sum-exp of every window query over the prompt, [count, H, group * queries]."""
+    queries, num_kv_heads = prompt.queries, prompt.arena_shape["H"]
+    num_queries, prompt_len = queries.shape[1], len(prompt.slots)
+    rows = prompt.group * num_queries
+    block_r, block_n, num_warps = _sums_blocks(rows, prompt.arena_shape["BLOCK_D"], queries.dtype)
     row_blocks = triton.cdiv(rows, block_r)
     splits = min(
-        triton.cdiv(NUM_PROGRAMS, layers * num_kv_heads * row_blocks),
-        triton.cdiv(len(prompt_slots), 4 * block_n),
+        triton.cdiv(NUM_PROGRAMS, count * num_kv_heads * row_blocks),
+        triton.cdiv(prompt_len, 4 * block_n),
     )
-    partial = queries.new_empty(layers, num_kv_heads, rows, splits, dtype=torch.float32)
-    _softmax_sums[(row_blocks * splits, num_kv_heads, layers)](
+    partial = queries.new_empty(count, num_kv_heads, rows, splits, dtype=torch.float32)
+    _softmax_sums[(row_blocks * splits, num_kv_heads, count)](
         queries,
-        data,
-        prompt_slots,
-        scaling,
+        prompt.data,
+        prompt.slots,
+        prompt.layers,
+        prompt.scaling,
+        prompt.logit_cap,
         partial,
-        len(prompt_slots),
+        prompt_len,
         num_queries,
         first_layer,
         splits,
-        G=group,
+        G=prompt.group,
+        CAPPED=prompt.logit_cap > 0,
         BLOCK_R=block_r,
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=2,
-        **arena_shape,
+        **prompt.arena_shape,
     )
     if splits == 1:
         return partial[..., 0]
@@ -194,37 +221,36 @@ def _sums_blocks(rows: int, block_d: int, dtype: torch.dtype) -> tuple[int, int,
 
 
 def _attend_scored(
-    queries: torch.Tensor,
-    data: torch.Tensor,
-    prompt_slots: torch.Tensor,
-    scaling: torch.Tensor,
+    prompt: _Prompt,
     sums: torch.Tensor,
     attention: torch.Tensor,
     first_layer: int,
-    layers: int,
-    group: int,
+    count: int,
     shared_prefix_len: int,
-    arena_shape: dict[str, int],
     *,
     root_mean_square: bool,
     token_norm: bool,
 ) -> None:
     """Write each query head's mean attention to the scored tokens into `attention`, times the
     token's value norm if `token_norm`."""
-    num_queries, num_scored = queries.shape[1], attention.shape[2]
+    queries, arena_shape = prompt.queries, prompt.arena_shape
+    num_scored = attention.shape[2]
     block_w, block_n, num_warps = _mean_blocks(arena_shape["BLOCK_D"], queries.dtype)
-    _mean_attention[(triton.cdiv(num_scored, block_n), arena_shape["H"], layers)](
+    _mean_attention[(triton.cdiv(num_scored, block_n), arena_shape["H"], count)](
         queries,
-        data,
-        prompt_slots,
-        scaling,
+        prompt.data,
+        prompt.slots,
+        prompt.layers,
+        prompt.scaling,
+        prompt.logit_cap,
         sums,
         attention,
         num_scored,
-        num_queries,
+        queries.shape[1],
         first_layer,
         shared_prefix_len,
-        G=group,
+        G=prompt.group,
+        CAPPED=prompt.logit_cap > 0,
         ROOT_MEAN_SQUARE=root_mean_square,
         TOKEN_NORM=token_norm,
         BLOCK_W=block_w,
@@ -243,19 +269,15 @@ def _mean_blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def _value_norms(
-    data: torch.Tensor,
-    scored_slots: torch.Tensor,
-    first_layer: int,
-    layers: int,
-    factor: float,
-    arena_shape: dict[str, int],
+    prompt: _Prompt, scored_slots: torch.Tensor, first_layer: int, count: int, factor: float
 ) -> torch.Tensor:
-    """float32 [layers, H]: the largest L1 norm of a head's scored values."""
-    blocks = triton.cdiv(len(scored_slots), 256)
-    norms = torch.empty(layers, arena_shape["H"], blocks, device=data.device)
-    _value_norm[(blocks, arena_shape["H"], layers)](
-        data,
+    """float32 [count, H]: the largest L1 norm of a head's scored values."""
+    blocks, num_kv_heads = triton.cdiv(len(scored_slots), 256), prompt.arena_shape["H"]
+    norms = torch.empty(count, num_kv_heads, blocks, device=scored_slots.device)
+    _value_norm[(blocks, num_kv_heads, count)](
+        prompt.data,
         scored_slots,
+        prompt.layers,
         norms,
         len(scored_slots),
         first_layer,
@@ -263,7 +285,7 @@ def _value_norms(
         BLOCK_N=32,
         num_warps=4,
         num_stages=2,
-        **arena_shape,
+        **prompt.arena_shape,
     )
     return norms.amax(dim=-1) * factor
 
@@ -279,7 +301,9 @@ def _softmax_sums(
     queries_ptr,  # [L, num_queries, H * G, D]
     arena_ptr,
     prompt_slots_ptr,
+    layers_ptr,  # [L], of the arena
     scaling_ptr,
+    logit_cap,
     lse_ptr,  # [layers, H, G * num_queries, splits], base 2
     prompt_len,
     num_queries,
@@ -290,6 +314,7 @@ def _softmax_sums(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     E4M3_BITS: tl.constexpr,
@@ -309,6 +334,7 @@ def _softmax_sums(
         other=0.0,
     )
     scaling = tl.load(scaling_ptr + layer)
+    arena_layer = tl.load(layers_ptr + layer)
     last_seen = prompt_len - num_queries + query
 
     blocks = tl.cdiv(prompt_len, BLOCK_N)
@@ -320,9 +346,11 @@ def _softmax_sums(
         token = start + tl.arange(0, BLOCK_N)
         live = token < prompt_len
         slot = tl.load(prompt_slots_ptr + token, mask=live, other=0)
-        offset = entry_offset(layer, slot, kv_head, slots, H, D)
+        offset = entry_offset(arena_layer, slot, kv_head, slots, H, D)
         k = load_entries(arena_ptr, offset, live, D, BLOCK_D, E4M3_BITS, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        if CAPPED:
+            logits = capped(logits, logit_cap)
         seen = (token[None, :] <= last_seen[:, None]) & live[None, :]
         logits = tl.where(seen, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -339,7 +367,9 @@ def _mean_attention(
     queries_ptr,  # [L, num_queries, H * G, D]
     arena_ptr,
     prompt_slots_ptr,
+    layers_ptr,  # [L], of the arena
     scaling_ptr,
+    logit_cap,
     lse_ptr,  # [layers, H, G * num_queries], base 2, lower for queries that weigh more
     attention_ptr,  # [layers, H * G, num_scored]
     num_scored,
@@ -351,6 +381,7 @@ def _mean_attention(
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROOT_MEAN_SQUARE: tl.constexpr,
     TOKEN_NORM: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -362,7 +393,7 @@ def _mean_attention(
     scored = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = scored < num_scored
     slot = tl.load(prompt_slots_ptr + shared_prefix_len + scored, mask=live, other=0)
-    offset = entry_offset(layer, slot, kv_head, slots, H, D)
+    offset = entry_offset(tl.load(layers_ptr + layer), slot, kv_head, slots, H, D)
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
     norm = tl.full([BLOCK_N], 1.0, tl.float32)
     if TOKEN_NORM:
@@ -391,6 +422,8 @@ def _mean_attention(
                 other=float("inf"),
             )
             logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scaling
+            if CAPPED:
+                logits = capped(logits, logit_cap)
             share = tl.exp2(logits - lse[None, :])
             if ROOT_MEAN_SQUARE:
                 share = share * share
@@ -405,6 +438,7 @@ def _mean_attention(
 def _value_norm(
     arena_ptr,
     scored_slots_ptr,
+    layers_ptr,  # [L], of the arena
     norms_ptr,  # [layers, H, blocks]
     num_scored,
     first_layer,
@@ -417,7 +451,7 @@ def _value_norm(
     E4M3_BITS: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
-    layer = first_layer + tl.program_id(2)
+    layer = tl.load(layers_ptr + first_layer + tl.program_id(2))
     v_plane = slots.to(tl.int64) * (H * D)
     norm = tl.zeros([BLOCK_N], tl.float32)
     for block in range(BLOCKS_N):

@@ -12,7 +12,7 @@ import itertools
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +33,9 @@ from lava_sglang.methods import (
     UNIFORM_METHODS,
     MethodTraits,
 )
+
+if TYPE_CHECKING:
+    from lava_sglang.layer_map import LayerMap
 
 MAX_STEPS = 32
 """Of a ladder: what a client sends has a length that a scheduler may walk over."""
@@ -231,17 +234,26 @@ class KVCompressionConfig(BaseModel):
     def has_ladder(self) -> bool:
         return len(self.ladder) > 1
 
-    def rungs(self, suffix_len: int, page_size: int) -> tuple[int, ...]:
+    def rungs(
+        self, suffix_len: int, page_size: int, layers: LayerMap | None = None
+    ) -> tuple[int, ...]:
         """The ladder in slots: what `suffix_len` tokens may be compressed to, the most first.
 
         Multiples of `page_size`, at least window_size + 1 each, so that the window and one scored
-        entry fit. A step that would drop nothing has no rung, nor has one that comes to the slots
-        of the step above it.
+        entry fit; layers: of the model, whose sliding ones keep what they read and no more. None:
+        none slides. A step that would drop nothing has no rung, nor has one that comes to the slots
+        of the step above it, nor any of a suffix that a sliding layer sees past.
         """
+        fewest, most = self.window_size + 1, suffix_len
+        if layers is not None:
+            if suffix_len < layers.sliding_window - 1:
+                return ()
+            fewest = layers.fewest_slots(self.window_size, self.ragged)
+            most = layers.most_slots(suffix_len, self.window_size, self.ragged)
         rungs: list[int] = []
         for step in self.ladder:
             tokens = math.ceil(step * suffix_len) if step <= 1 else int(step)
-            tokens = max(tokens, self.window_size + 1)
+            tokens = max(fewest, min(tokens, most)) if tokens < suffix_len else suffix_len
             slots = -(-tokens // page_size) * page_size
             if slots < min(rungs[-1:] or [suffix_len]):
                 rungs.append(slots)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Prefill:
     window_queries: Tensor  # [L, Q, w, D], after RoPE
     window_attention: Tensor  # [L, Q, I], mean over the w window queries of the causal softmax
     window_rms: Tensor  # [L, Q, I], its root mean square, query t weighted by exp(t / 8)
+    reach: list[int | None]  # [L], the last tokens that one sees, itself included; None: all
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,29 @@ class Step:
     gap: float  # best logit minus the logit of `fed`; 0 when they agree
 
 
+class How(NamedTuple):
+    """How a layer attends."""
+
+    scale: float  # on the logits
+    reach: int | None = None  # the last tokens that one sees, itself included; None: all
+    cap: float | None = None  # logits are cap * tanh(logits / cap)
+
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """[..., q, k] of query [..., q, D] and key [..., k, D]."""
+        logits = query @ key.mT * self.scale
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+
+    def unseen(self, query_places: Tensor, key_places: Tensor) -> Tensor:
+        """Bool [q, k], of queries and keys at these places of the text."""
+        distance = query_places[:, None] - key_places
+        hidden = distance < 0
+        return hidden if self.reach is None else hidden | (distance >= self.reach)
+
+
 class Pass(Protocol):
     """What attends, and records, in each layer of a forward pass."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         """Attention output [q, Q, D] of query [Q, q, D] over key and value [H, q, D]."""
 
 
@@ -65,18 +85,32 @@ class _PrefillPass:
         self.queries: list[Tensor] = []
         self.attention: list[Tensor] = []
         self.rms: list[Tensor] = []
+        self.reach: list[int | None] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        self.reach.append(how.reach)
         self.keys.append(key)
         self.values.append(value)
         self.queries.append(query[:, self.window].clone())
-        mean, rms = window_attention(query[:, self.window], key, self.window.start, scale)
+        mean, rms = window_attention(query[:, self.window], key, self.window.start, how)
         self.attention.append(mean)
         self.rms.append(rms)
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
-        )
-        return output[0].transpose(0, 1)
+        places = torch.arange(query.shape[1])
+        if how.cap is None:
+            plain = how.reach is None
+            output = torch.nn.functional.scaled_dot_product_attention(
+                query[None], key[None], value[None],
+                None if plain else ~how.unseen(places, places),
+                is_causal=plain, scale=how.scale, enable_gqa=True,
+            )  # fmt: skip
+            return output[0].transpose(0, 1)
+        unseen, group = how.unseen(places, places), len(query) // len(key)
+        heads = [
+            how.logits(own, key[head // group]).masked_fill(unseen, -math.inf).softmax(dim=1)
+            @ value[head // group]
+            for head, own in enumerate(query)
+        ]
+        return torch.stack(heads, dim=1)
 
 
 class _DecodePass:
@@ -89,25 +123,26 @@ class _DecodePass:
         self.tail_keys: list[list[Tensor]] = [[] for _ in range(layers)]  # [H, 1, D] a token
         self.tail_values: list[list[Tensor]] = [[] for _ in range(layers)]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         self.tail_keys[layer].append(key)
         self.tail_values[layer].append(value)
         heads, _, dim = key.shape
         grouped = query.view(heads, -1, dim)  # [H, G, D]: query head h*G + g reads KV head h
-        prompt_scores = grouped @ self.prefill.keys[layer].transpose(1, 2) * scale  # [H, G, I]
+        prompt_scores = how.logits(grouped, self.prefill.keys[layer])  # [H, G, I]
         if self.keep is not None:
             prompt_scores.masked_fill_(~self.keep[layer][:, None, :], -math.inf)
-        tail_scores = grouped @ torch.cat(self.tail_keys[layer], dim=1).transpose(1, 2) * scale
-        weights = torch.cat([prompt_scores, tail_scores], dim=2).softmax(dim=2)
+        tail_scores = how.logits(grouped, torch.cat(self.tail_keys[layer], dim=1))
+        scores = torch.cat([prompt_scores, tail_scores], dim=2)
+        places = torch.arange(scores.shape[2])
+        scores.masked_fill_(how.unseen(places[-1:], places), -math.inf)
+        weights = scores.softmax(dim=2)
         prompt_len = prompt_scores.shape[2]
         output = weights[:, :, :prompt_len] @ self.prefill.values[layer]
         output += weights[:, :, prompt_len:] @ torch.cat(self.tail_values[layer], dim=1)
         return output.reshape(1, -1, dim)
 
 
-def window_attention(
-    queries: Tensor, key: Tensor, first: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def window_attention(queries: Tensor, key: Tensor, first: int, how: How) -> tuple[Tensor, Tensor]:
     """The mean and the weighted quadratic mean of consecutive queries' attention, [Q, I] each.
 
     queries: [Q, w, D], of tokens `first` and on; each sees itself and what is before it. key:
@@ -120,7 +155,7 @@ def window_attention(
     weights /= weights.sum()
     means, quadratic_means = [], []
     for head in range(len(queries)):
-        scores = queries[head] @ key[head // group].T * scale
+        scores = how.logits(queries[head], key[head // group])
         attention = scores.masked_fill(future, -math.inf).softmax(dim=1)
         means.append(attention.mean(dim=0))
         quadratic_means.append((weights @ attention.square()).sqrt())
@@ -135,11 +170,13 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     oracle_pass: Pass,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Adapts transformers' attention call (batch of one) to the pass in progress."""
-    layer = int(module.layer_idx)
-    return oracle_pass.attend(layer, query[0], key[0], value[0], scaling)[None], None
+    layer, how = int(module.layer_idx), How(scaling, sliding_window, softcap)
+    return oracle_pass.attend(layer, query[0], key[0], value[0], how)[None], None
 
 
 AttentionInterface.register("keep_mask_oracle", _attention)
@@ -165,13 +202,13 @@ class _Stored:
     inner: Pass
     entries: Entries
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
         key, value = (self.entries.stored(layer, numbers) for numbers in (key, value))
-        return self.inner.attend(layer, query, key, value, scale)
+        return self.inner.attend(layer, query, key, value, how)
 
 
 class Oracle:
-    """A Llama-family model directory on the CPU; `tokenizer` is None if it has none.
+    """A model directory on the CPU, of rotary attention; `tokenizer` is None if it has none.
 
     entries: how its cache stores keys and values; None: as the model computes them.
     """
@@ -219,6 +256,7 @@ class Oracle:
             window_queries=torch.stack(record.queries),
             window_attention=torch.stack(record.attention),
             window_rms=torch.stack(record.rms),
+            reach=record.reach,
         )
 
     @torch.no_grad()

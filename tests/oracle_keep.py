@@ -100,19 +100,33 @@ class Definition:
         pool_width: int = 7,
     ) -> Tensor:
         """Bool [L, H, I]: L * H * budget entries of the suffix in all; the prefix and the window
-        are always kept."""
-        prompt_len = prefill.values.shape[2]
+        are always kept. Of the budget, layers of a limited reach take what the next token sees; the
+        mask hides nothing from them that they see."""
+        layers, heads, prompt_len, _ = prefill.values.shape
         _check_budget(prefill, prefix_len, budget, window_size)
         scores = self.score(prefill, prefix_len, window_size, pool_width)
-        keep = torch.ones(*scores.shape[:2], prompt_len, dtype=torch.bool)
-        keep[:, :, prefix_len : prompt_len - window_size] = self.choose(
-            scores, self.claims(scores), budget - window_size
+        whole = [layer for layer, reach in enumerate(prefill.reach) if reach is None]
+        scored_len = prompt_len - window_size - prefix_len
+        if self.uniform:
+            total = len(whole) * (budget - window_size)
+        else:
+            seen = sum(max(reach - 1, window_size) for reach in prefill.reach if reach is not None)
+            total = layers * budget - seen - len(whole) * window_size
+            total = min(total, len(whole) * scored_len)
+        keep = torch.ones(layers, heads, prompt_len, dtype=torch.bool)
+        keep[whole, :, prefix_len : prompt_len - window_size] = self.choose(
+            scores, self.claims(scores), total
         )
         return keep
 
+    @property
+    def uniform(self) -> bool:
+        """Whether every head of every layer keeps equally many."""
+        return self.claims is alike and not self.heads_compete
+
     def score(self, prefill: Prefill, prefix_len: int, window_size: int, pool_width: int) -> Tensor:
-        """[L, H, S]."""
-        layers, heads, prompt_len, _ = prefill.values.shape
+        """[whole layers, H, S], of those that see everything."""
+        _, heads, prompt_len, _ = prefill.values.shape
         if pool_width < 1 or pool_width % 2 == 0:
             raise ValueError(f"pool_width is {pool_width}, must be odd and at least 1")
         scored = slice(prefix_len, prompt_len - window_size)
@@ -126,16 +140,18 @@ class Definition:
                         pool_width,
                     )
                 )
-                for layer in range(layers)
+                for layer, reach in enumerate(prefill.reach)
+                if reach is None
             ]
         )
 
-    def choose(self, scores: Tensor, claims: Sequence[float], mean: int) -> Tensor:
-        """Bool [L, H, S]: `mean` scored entries a head on average, by these claims."""
-        layers, heads, scored_len = scores.shape
+    def choose(self, scores: Tensor, claims: Sequence[float], total: int) -> Tensor:
+        """Bool [L, H, S]: on average `total` scored entries in the columns of one head, by these
+        claims."""
+        _, heads, scored_len = scores.shape
         chosen = torch.zeros(scores.shape, dtype=torch.bool)
         if self.heads_compete:
-            counts = divide(claims, layers * heads * mean, heads * scored_len)
+            counts = divide(claims, heads * total, heads * scored_len)
             for layer, count in enumerate(counts):
                 floor = math.floor(self.head_floor * count / heads)
                 for head in range(heads):
@@ -144,7 +160,7 @@ class Definition:
                 best = best[~chosen[layer].view(-1)[best]]
                 chosen[layer].view(-1)[best[: count - heads * floor]] = True
             return chosen
-        for layer, count in enumerate(divide(claims, layers * mean, scored_len)):
+        for layer, count in enumerate(divide(claims, total, scored_len)):
             for head in range(heads):
                 chosen[layer, head, _best(scores[layer, head])[:count]] = True
         return chosen

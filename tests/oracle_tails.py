@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.oracle import Oracle, Prefill, Step, step_of
+from tests.oracle import How, Oracle, Prefill, Step, step_of
 from tests.oracle_keep import KEEP, Scored
 
 
@@ -47,17 +47,18 @@ class _Stretch:
         self.values: list[Tensor] = []
         self.scale = 1.0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How) -> Tensor:
+        assert how.reach is None and how.cap is None, "answers of plain models only"
         self.queries.append(query)
         self.keys.append(key)
         self.values.append(value)
-        self.scale = scale
+        self.scale = how.scale
         past_keys, past_values, keep = (past[layer] for past in self.past)
         heads, length, _ = key.shape
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         visible = torch.cat([keep[:, None].expand(-1, length, -1), causal.expand(heads, -1, -1)], 2)
         grouped = query.unflatten(0, (heads, -1))  # [H, G, q, D]
-        scores = grouped @ torch.cat([past_keys, key], dim=1)[:, None].mT * scale
+        scores = grouped @ torch.cat([past_keys, key], dim=1)[:, None].mT * how.scale
         weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(dim=3)
         output = weights @ torch.cat([past_values, value], dim=1)[:, None]
         return output.flatten(0, 1).transpose(0, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.fidelity.teacher_forcing import Columns, continuations, kept_columns
 from lava_sglang import policy
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.methods import METHODS
 from lava_sglang.policy import Method, method_of
 from lava_sglang.tools.inspection.prefill import Prefill
@@ -32,15 +33,17 @@ class Variant(NamedTuple):
         """The prompt's last tokens: it reads their queries, and every budget includes them."""
         return self.method.config.window_size
 
-    def kept_tokens(self, budget: float, suffix_len: int) -> int:
-        return kept_tokens(self.method.config, budget, suffix_len)
+    def kept_tokens(self, budget: float, suffix_len: int, layers: LayerMap) -> int:
+        return kept_tokens(self.method.config, budget, suffix_len, layers)
 
 
-def kept_tokens(config: KVCompressionConfig, budget: float, suffix_len: int) -> int:
+def kept_tokens(
+    config: KVCompressionConfig, budget: float, suffix_len: int, layers: LayerMap | None = None
+) -> int:
     """b, as a server with pages of one token computes it; the suffix's length if it is less."""
     settings = config.model_dump() | {"budget": budget}
     parsed = KVCompressionConfig.parse(settings, "{} of a variant".format)
-    return next(iter(parsed.rungs(suffix_len, 1)), suffix_len)
+    return next(iter(parsed.rungs(suffix_len, 1, layers)), suffix_len)
 
 
 def parse_variants(
@@ -92,7 +95,7 @@ def rows(
     variants: dict[str, Variant] = {}
     budgets: dict[tuple[str, int], list[float]] = {}
     for variant, budget in pairs:
-        size = variant.kept_tokens(budget, exact.prompt_len)
+        size = variant.kept_tokens(budget, exact.prompt_len, exact.layers)
         variants[variant.label] = variant
         budgets.setdefault((variant.label, size), []).append(budget)
     choices: dict[tuple[str, int], Columns | None] = {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lava_sglang.kernels.select import Selection
-from lava_sglang.tools.inspection.prefill import Prefill, forward
+from lava_sglang.tools.inspection.prefill import Prefill, forward, seen_by
 
 Key = TypeVar("Key")
 
@@ -85,15 +85,23 @@ class _KeptPass:
     def __init__(self, prefill: Prefill, kept: Sequence[Columns | None], count: int):
         self.arena = prefill.arena[:, :, : prefill.prompt_len]
         self.kept = kept
-        # [T, I + T]: a row of n kept entries uses the last n + T columns.
-        self.mask = torch.zeros(
-            count, prefill.prompt_len + count, dtype=self.arena.dtype, device=self.arena.device
-        )
-        hidden = torch.ones(count, count, dtype=torch.bool, device=self.arena.device).triu(1)
-        self.mask[:, prefill.prompt_len :].masked_fill_(hidden, float("-inf"))
+        self.count = count
+        self.masks: dict[int, Tensor] = {}  # by reach
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        heads = key.shape[1]
+    def _mask(self, reach: int) -> Tensor:
+        """[T, I + T]: a row of n kept entries uses the last n + T columns. Layers of a limited
+        reach keep the last tokens, so that what they see stands next to each other."""
+        if reach not in self.masks:
+            start, device = self.arena.shape[2], self.arena.device
+            seen = seen_by(start, start + self.count, reach, device)
+            hidden = torch.zeros(seen.shape, dtype=self.arena.dtype, device=device)
+            self.masks[reach] = hidden.masked_fill_(~seen, float("-inf"))
+        return self.masks[reach]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: int
+    ) -> Tensor:
+        heads, whole_mask = key.shape[1], self._mask(reach)
         new = torch.stack([key, value])  # [2, B, H, T, D]
         groups = query.unflatten(1, (heads, -1))  # [B, H, G, T, D]
         output = torch.empty_like(groups)
@@ -104,7 +112,7 @@ class _KeptPass:
                     entries = entries[:, columns[layer * heads + head]]
                 keys, values = torch.cat([entries, new[:, row, head]], dim=1)
                 # A copy: CUDA's kernels read a mask from an aligned address.
-                mask = self.mask[:, -len(keys) :].contiguous()
+                mask = whole_mask[:, -len(keys) :].contiguous()
                 output[row, head] = F.scaled_dot_product_attention(
                     groups[row, head][None],
                     keys.expand(1, groups.shape[2], -1, -1),
@@ -125,9 +133,12 @@ class _GreedyPass:
         tail = arena.new_empty(*arena.shape[:2], most, *arena.shape[3:])
         self.arena = torch.cat([arena[:, :, : self.prompt_len], tail], dim=2)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: int
+    ) -> Tensor:
         end = self.prompt_len + self.length
         self.arena[layer, 0, end - 1] = key[0, :, 0]
         self.arena[layer, 1, end - 1] = value[0, :, 0]
-        keys, values = self.arena[layer, :, :end].transpose(1, 2)[:, None]
+        first = max(0, end - reach) if reach else 0
+        keys, values = self.arena[layer, :, first:end].transpose(1, 2)[:, None]
         return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)

@@ -85,6 +85,7 @@ class CompressedPrompt:
         self.view = PromptView(
             arena=self.arena,
             slots=prompt_slots,
+            layers=done.layers,
             queries=done.queries,
             scaling=done.scaling,
             shared_prefix_len=0,

@@ -31,15 +31,17 @@ READERS = (ROWS, TAPE, FLASHINFER, FA3, PLAIN)
 class Batch:
     """An arena of random K and V, the requests of one shape in slots in random order."""
 
-    def __init__(self, shape: Shape, num_layers: int):
-        self.shape, self.num_layers = shape, num_layers
+    def __init__(self, shape: Shape, num_layers: int, sliding_window: int = 0):
+        self.shape, self.num_layers, self.sliding_window = shape, num_layers, sliding_window
         self.scaling = shape.head_dim**-0.5
         g = torch.Generator("cuda").manual_seed(0)
         num_slots = shape.batch * shape.context + 1  # slot 0 is padding
         self.arena = torch.empty(
             num_layers, 2, num_slots, shape.num_kv_heads, shape.head_dim,
             dtype=shape.dtype, device="cuda",
-        ).normal_(generator=g)  # fmt: skip
+        )  # fmt: skip
+        for layer in self.arena:  # one at a time: eight bits come from numbers of more
+            layer.copy_(torch.empty(layer.shape, device="cuda").normal_(generator=g))
         slots = torch.randperm(num_slots - 1, generator=g, device="cuda").int() + 1
         rows = shape.batch + 1
         self.req_to_token = torch.zeros(rows, shape.context, dtype=torch.int32, device="cuda")
@@ -56,7 +58,7 @@ class Batch:
         num_qo_heads = shape.num_kv_heads * shape.group
         self.q = torch.randn(
             shape.batch, num_qo_heads, shape.head_dim, generator=g, device="cuda"
-        ).to(shape.dtype)
+        ).to(shape.query_dtype)
         self.out = torch.empty_like(self.q)
         self.workspace = DecodeWorkspace(
             shape.batch, num_qo_heads, shape.num_kv_heads, shape.head_dim, "cuda"
@@ -69,6 +71,8 @@ class Batch:
             TAPE: lambda layer: self.lava(layer, self.budgets),
             PLAIN: lambda layer: torch.sum(self.arena[layer].view(torch.int32), dtype=torch.int32),
         }
+        if self.sliding_window or self.shape.dtype.itemsize == 1:
+            return found  # the libraries are told of neither here
         for name, module, make in (
             (FLASHINFER, "flashinfer", self.flashinfer),
             (FA3, "sgl_kernel.flash_attn", self.flash_attention),
@@ -86,7 +90,8 @@ class Batch:
                 self.req_to_token, self.requests, self.seq_lens, self.prefix_lens, budgets,
                 self.offsets,
             ),
-            self.scaling, self.out, workspace=self.workspace,
+            self.scaling, self.out, sliding_window=self.sliding_window,
+            workspace=self.workspace,
         )  # fmt: skip
 
     def flashinfer(self, module: Any) -> Callable[[int], object]:
@@ -146,7 +151,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[Shape, dict[str, Ti
             if arguments.layers * shape.bytes_read > 0.8 * free:
                 Console(stderr=True).print(f"{batch_size} x {context} is left out: no memory")
                 continue
-            batch = Batch(shape, arguments.layers)
+            batch = Batch(shape, arguments.layers, arguments.sliding_window)
             readers = batch.readers()  # they own what the graphs read
             graphs = {name: captured(read, arguments.layers) for name, read in readers.items()}
             timings = {name: Timing() for name in READERS if name in graphs}
@@ -214,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-heads", type=int, default=8)
     add("--group", type=int, default=4, help="query heads per KV head")
     add("--head-dim", type=int, default=128)
-    add("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    dtypes = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+    add("--dtype", choices=dtypes, default="bfloat16", help="of the entries (%(default)s)")
+    add("--sliding-window", type=int, default=0, help="entries that ours attends to, 0: all")
     add("--rounds", type=int, default=15, help="times that they take turns")
     add("--json", type=Path, help="write the results to this file too")
     return parser

@@ -11,7 +11,13 @@ import torch
 
 from benchmarks.kernels.timing import Timing
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass
@@ -24,6 +30,11 @@ class Shape:
     group: int
     head_dim: int
     dtype: torch.dtype
+
+    @property
+    def query_dtype(self) -> torch.dtype:
+        """A model has no queries of eight bits."""
+        return torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
 
     @property
     def bytes_read(self) -> int:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from lava_sglang.kernels.reference import capped_ref
+
+BLOCK_QUERIES = 256  # whose logits are in memory at a time
+
 # Plain SDPA does not return the log-sum-exp that a merge needs.
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -23,6 +27,8 @@ def extend_cpu(
     scaling: float,
     out: torch.Tensor,
     *,
+    sliding_window: int = 0,
+    logit_cap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -32,12 +38,15 @@ def extend_cpu(
     k_cache, v_cache: [slots, num_kv_heads, head_dim] of one layer, the new tokens' rows included.
     req_to_token: int32 [rows, max_context]; req_pool_indices: int [batch], rows of it.
     seq_lens, extend_prefix_lens, extend_seq_lens: int [batch], seq = prefix + extend.
-    scaling: factor on the logits. k_scale, v_scale: what the cached rows were divided by (fp8).
+    scaling: factor on the logits. sliding_window: tokens that each attends to, itself and the last
+    ones before it; 0: all. logit_cap: as of `reference.capped_ref`. k_scale, v_scale: what the
+    cached rows were divided by (fp8).
     out: [tokens, num_qo_heads, head_dim], mutated and returned.
 
     SGLang's torch_native computes seq_len x seq_len attention for every chunk; this computes
-    extend x seq_len, as two parts that are merged by their log-sum-exp. Raises ValueError where
-    the lengths do not add up.
+    extend x seq_len, as two parts that are merged by their log-sum-exp; or, of a layer with a
+    window or a cap, block by block over what is in reach. Raises ValueError where the lengths do
+    not add up.
     """
     lengths = zip(
         _host(req_pool_indices),
@@ -56,13 +65,14 @@ def extend_cpu(
         end = start + extend_len
         if extend_len > 0:
             slots = req_to_token[row, :seq_len]
-            out[start:end] = _extend_one(
-                q[start:end],
-                k_cache[slots].to(q.dtype).transpose(0, 1),
-                v_cache[slots].to(q.dtype).transpose(0, 1),
-                prefix_len,
-                scaling * k_scale,
-            ).mul_(v_scale)
+            k, v = (cache[slots].to(q.dtype).transpose(0, 1) for cache in (k_cache, v_cache))
+            if sliding_window or logit_cap:
+                one = _extend_in_blocks(
+                    q[start:end], k, v, scaling * k_scale, sliding_window or seq_len, logit_cap
+                )
+            else:
+                one = _extend_one(q[start:end], k, v, prefix_len, scaling * k_scale)
+            out[start:end] = one.mul_(v_scale)
         start = end
     if start != q.shape[0]:
         raise ValueError(f"extend_seq_lens sum to {start}: accepted is q.shape[0], {q.shape[0]}")
@@ -97,6 +107,36 @@ def _extend_one(
         weight = torch.sigmoid(prefix_lse.view(lse.shape) - lse)[..., None]
         output = torch.lerp(output.float(), prefix_output.view(shared).float(), weight.float())
     return output.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype)
+
+
+def _extend_in_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    sliding_window: int,
+    logit_cap: float,
+) -> torch.Tensor:
+    """q: [tokens, num_qo_heads, head_dim], the last of the keys' tokens; k, v: [num_kv_heads,
+    seq_len, head_dim]. A query attends to the last `sliding_window` tokens up to its own. Like q.
+    """
+    num_kv_heads, seq_len, head_dim = k.shape
+    out = torch.empty_like(q)
+    for begin in range(0, len(q), BLOCK_QUERIES):
+        end = min(begin + BLOCK_QUERIES, len(q))
+        last = torch.arange(begin, end) + seq_len - len(q)  # the query's own place
+        seen = slice(max(0, int(last[0]) - sliding_window + 1), int(last[-1]) + 1)
+        place = torch.arange(seen.start, seen.stop)
+        hidden = (place > last[:, None]) | (place <= last[:, None] - sliding_window)
+        # [num_kv_heads, group * queries, head_dim]
+        grouped = q[begin:end].view(end - begin, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        rows = grouped.reshape(num_kv_heads, -1, head_dim).float() * scaling
+        logits = capped_ref(rows @ k[:, seen].float().mT, logit_cap)
+        logits.unflatten(1, (-1, end - begin)).masked_fill_(hidden, float("-inf"))
+        block = logits.softmax(dim=2) @ v[:, seen].float()
+        block = block.view(num_kv_heads, -1, end - begin, head_dim).permute(2, 0, 1, 3)
+        out[begin:end] = block.reshape(end - begin, -1, head_dim)
+    return out
 
 
 def _host(lengths: torch.Tensor | Sequence[int]) -> list[int]:

@@ -38,6 +38,8 @@ def ragged_decode_cpu(
     scaling: float,
     out: torch.Tensor,
     *,
+    sliding_window: int = 0,
+    logit_cap: float = 0.0,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -49,7 +51,8 @@ def ragged_decode_cpu(
         K first.
     layer: index into the arena.
     tables: where each request's entries are.
-    scaling: factor on the logits. k_scale, v_scale: what the entries were divided by (fp8).
+    scaling: factor on the logits. sliding_window, logit_cap: as of `ragged_decode.ragged_decode`.
+    k_scale, v_scale: what the entries were divided by (fp8).
     out: [batch, num_qo_heads, head_dim], mutated and returned. Zeros where seq_lens is 0.
 
     float32 inside. Bitwise the same for any number of threads. Raises ValueError on a shape or
@@ -71,14 +74,17 @@ def ragged_decode_cpu(
         order,
         layer,
         num_kv_heads,
+        sliding_window,
         requests,
         seq_lens.long().numpy(),
+        prefixes,
         budget_table,
         offsets.numpy(),
         1 if num_threads == 1 else CHUNKS_PER_THREAD * num_threads,
     )
     attend = jit.attend_kernel(head_dim, group)
     storage = arena.view(-1).view(STORAGE[arena.dtype]).numpy()
+    base_2_cap = np.float32(logit_cap * math.log2(math.e))
     chunks = itertools.count()
     num_chunks = len(first_of_chunk) - 1
 
@@ -86,8 +92,8 @@ def ragged_decode_cpu(
         while (chunk := next(chunks)) < num_chunks:
             attend(
                 first_of_chunk[chunk], first_of_chunk[chunk + 1], items, query, storage, layer,
-                num_kv_heads, num_slots, rows, requests, prefixes, budget_table, maxima, sums,
-                outputs,
+                num_kv_heads, num_slots, rows, requests, prefixes, budget_table, base_2_cap, maxima,
+                sums, outputs,
             )  # fmt: skip
 
     helpers = [

@@ -5,10 +5,10 @@ numba compiles what is here; where its vectoriser falls short the LLVM IR is wri
 op needs no C++ compiler and runs on whatever vector unit the CPU has. All of it is in one file
 because numba's disk cache watches only the file of the function that it caches.
 
-Words: an *item* is up to ITEM_ENTRIES entries that one thread attends to, for all heads (shared
-rows: prefix and tail) or for one head (a tape piece); a *part* is the unnormalised output, running
-maximum and sum of one (item, head). Items do not depend on the number of threads, so neither
-does the result, to the bit. A *chunk* is the run of items that a thread takes at a time.
+Words: an *item* is up to ITEM_ENTRIES entries that one thread attends to, for all heads (rows that
+they share: prefix and tail) or for one head (a tape piece); a *part* is the unnormalised output,
+running maximum and sum of one (item, head). Items do not depend on the number of threads, so
+neither does the result, to the bit. A *chunk* is the run of items that a thread takes at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PAD = 16  # blocks are padded to a multiple of this
 CHUNK_ENTRIES = 2048  # fewer are not worth another thread
 VALUE_UNROLL = 8
 CACHE_LINE = 64
+LOG2E = 1.4426950408889634
 
 F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 BYTE_POINTER = I8.as_pointer()
@@ -291,6 +292,33 @@ def score_block(
 
 
 @intrinsic(prefer_literal=True)
+def cap_block(typing: Any, scores: Any, count: Any, num_rows: Any, cap: Any, head_dim: Any) -> Any:
+    """Turns scores (base 2) into cap * tanh(score / cap), row by row; `count` is padded."""
+    intp = types.intp
+    signature = types.void(scores, intp, intp, types.float32, head_dim)
+    lanes = vector_lanes(head_dim.literal_value)
+
+    def generate(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        emit = Emit(builder, lanes)
+        data = _data(context, builder, sig.args[0], arguments[0])
+        one, cap = emit.constant(1.0), emit.splat(arguments[3])
+        # tanh(x) = (1 - t) / (1 + t) with t = exp(-2 x), x >= 0.
+        to_exponent = builder.fdiv(emit.constant(-2 * LOG2E), cap)
+        with cgutils.for_range(builder, arguments[2]) as row:
+            base = builder.mul(row.index, I64(BLOCK_ENTRIES))
+            with cgutils.for_range(builder, builder.sdiv(arguments[1], I64(lanes))) as step:
+                at = builder.add(base, builder.mul(step.index, I64(lanes)))
+                score = emit.load(data, at)
+                power = emit.exp2(builder.fmul(emit.call("llvm.fabs", score), to_exponent))
+                tanh = builder.fdiv(builder.fsub(one, power), builder.fadd(one, power))
+                capped = emit.call("llvm.copysign", builder.fmul(cap, tanh), score)
+                emit.store(capped, data, at)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
 def softmax_block(
     typing: Any, scores: Any, count: Any, num_rows: Any, maxima: Any, sums: Any, outputs: Any,
     head_dim: Any,
@@ -405,8 +433,8 @@ def value_block(
 
 
 # Columns of the item table.
-REQUEST, FIRST_HEAD, NUM_HEADS, BEGIN, END, FIRST_PART, NUM_COLUMNS = range(7)
-SHARED = -1  # as FIRST_HEAD: BEGIN and END count shared entries; in a head's item, tape places
+REQUEST, ON_TAPE, FIRST_HEAD, NUM_HEADS, BEGIN, END, FIRST_PART, NUM_COLUMNS = range(8)
+# BEGIN and END count places of the tape, or exact entries: those of the prefix, then of the tail.
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -422,11 +450,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_compiled
-def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
+def _plan_items(
+    layer, num_heads, sliding_window, requests, seq_lens, prefix_lens, budgets, offsets
+):
     """The item table, request by request, and each request's first item.
 
     Tape pieces are cut where their slots pass a multiple of ITEM_ENTRIES, and all heads' items on
-    the same slots follow each other: a slot's heads are neighbours in memory.
+    the same slots follow each other: a slot's heads are neighbours in memory. What a sliding window
+    leaves of a prefix before a tape depends on the head's piece, so each head has items of its own.
     """
     batch = requests.shape[0]
     first_head = layer * num_heads
@@ -437,26 +468,47 @@ def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
         if budget > 0:
             tape = offsets[row, first_head + num_heads] - offsets[row, first_head]
             most += -(-budget // ITEM_ENTRIES) * (num_heads + tape // budget + 1)
+            if sliding_window > 0:
+                most += -(-prefix_lens[row] // ITEM_ENTRIES) * num_heads + 1
     items = np.empty((most, NUM_COLUMNS), np.int64)
     first_item = np.zeros(batch + 1, np.int64)
     item = 0
     part = 0
     for r in range(batch):
         row, budget = requests[r], np.int64(budgets[requests[r]])
-        shared = seq_lens[r] - budget
-        for start in range(0, shared, ITEM_ENTRIES):
-            _fill(items[item], r, SHARED, num_heads, start, min(shared, start + ITEM_ENTRIES), part)
+        exact = seq_lens[r] - budget
+        first = 0  # exact entry for all heads
+        if sliding_window > 0:
+            first = max(0, exact - sliding_window)
+            if budget > 0:
+                prefix_len = np.int64(prefix_lens[row])
+                first = max(first, prefix_len)
+                for head in range(num_heads):
+                    begin = np.int64(offsets[row, first_head + head])
+                    end = np.int64(offsets[row, first_head + head + 1])
+                    skipped = max(0, exact + end - begin - sliding_window)
+                    for start in range(min(skipped, prefix_len), prefix_len, ITEM_ENTRIES):
+                        stop = min(prefix_len, start + ITEM_ENTRIES)
+                        _fill(items[item], r, 0, head, 1, start, stop, part)
+                        item += 1
+                        part += 1
+        for start in range(first, exact, ITEM_ENTRIES):
+            _fill(items[item], r, 0, 0, num_heads, start, min(exact, start + ITEM_ENTRIES), part)
             item += 1
             part += num_heads
         for cell in range(0, budget, ITEM_ENTRIES):
             for head in range(num_heads):
                 begin = np.int64(offsets[row, first_head + head])
                 end = np.int64(offsets[row, first_head + head + 1])
+                if sliding_window > 0:
+                    # Behind the piece comes the tail.
+                    tail = exact - prefix_lens[row]
+                    begin = min(end, max(begin, end - max(0, sliding_window - tail)))
                 for column in range(begin - begin % budget, end, budget):
                     low = max(begin, column + cell)
                     high = min(end, column + min(budget, cell + ITEM_ENTRIES))
                     if low < high:
-                        _fill(items[item], r, head, 1, low, high, part)
+                        _fill(items[item], r, 1, head, 1, low, high, part)
                         item += 1
                         part += 1
         first_item[r + 1] = item
@@ -464,8 +516,9 @@ def _plan_items(layer, num_heads, requests, seq_lens, budgets, offsets):
 
 
 @_compiled
-def _fill(item, request, head, num_heads, begin, end, part):
+def _fill(item, request, on_tape, head, num_heads, begin, end, part):
     item[REQUEST] = request
+    item[ON_TAPE] = on_tape
     item[FIRST_HEAD] = head
     item[NUM_HEADS] = num_heads
     item[BEGIN] = begin
@@ -494,15 +547,16 @@ def _share_items(items, max_chunks):
 
 @_compiled
 def prepare(
-    query, scale, order, layer, num_heads, requests, seq_lens, budgets, offsets, max_chunks
-):
+    query, scale, order, layer, num_heads, sliding_window, requests, seq_lens, prefix_lens, budgets,
+    offsets, max_chunks,
+):  # fmt: skip
     """The work of one call: items, first items of requests and chunks, queries, empty parts.
 
     query: float32 [batch, num_qo_heads * D]; returned flat, times `scale`, elements in `order`.
     Parts: maxima and sums float32 [parts * group], outputs float32 [parts * group * D], flat.
     """
     items, first_of_request, num_parts = _plan_items(
-        layer, num_heads, requests, seq_lens, budgets, offsets
+        layer, num_heads, sliding_window, requests, seq_lens, prefix_lens, budgets, offsets
     )
     first_of_chunk = _share_items(items, max_chunks)
     head_dim = order.shape[0]
@@ -523,16 +577,17 @@ def prepare(
 def _find_rows(item, slots, prefix_len, budget, layer, num_heads, num_slots, head_dim, rows):
     """rows[i] = arena element where the K row of the item's entry i starts. Pads with the last.
 
-    Shared rows start at head 0 of `layer`; a tape place names its own layer and head.
+    Exact rows start at the item's first head of `layer`; a tape place names its own layer and head.
     """
     row_size = num_heads * head_dim
     count = item[END] - item[BEGIN]
-    if item[FIRST_HEAD] == SHARED:
+    if not item[ON_TAPE]:
+        first_head = item[FIRST_HEAD] * head_dim
         for i in range(count):
             place = item[BEGIN] + i
             if place >= prefix_len:
                 place += budget
-            rows[i] = (2 * layer * num_slots + slots[place]) * row_size
+            rows[i] = (2 * layer * num_slots + slots[place]) * row_size + first_head
     else:
         head, column = item[BEGIN] // budget, item[BEGIN] % budget
         for i in range(count):
@@ -548,7 +603,7 @@ def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
 
     def attend(
         first, last, items, query, arena, layer, num_heads, num_slots, req_to_token, requests,
-        prefix_lens, budgets, maxima, sums, outputs,
+        prefix_lens, budgets, logit_cap, maxima, sums, outputs,
     ):  # fmt: skip
         width = num_heads * group * head_dim
         value_offset = num_slots * num_heads * head_dim
@@ -563,15 +618,15 @@ def attend_kernel(head_dim: int, group: int) -> Callable[..., None]:
             )  # fmt: skip
             heads = item[NUM_HEADS]
             part = item[FIRST_PART] * group
-            item_query = query[
-                item[REQUEST] * width + max(item[FIRST_HEAD], 0) * group * head_dim :
-            ]
+            item_query = query[item[REQUEST] * width + item[FIRST_HEAD] * group * head_dim :]
             item_outputs = outputs[part * head_dim :]
             for begin in range(0, item[END] - item[BEGIN], BLOCK_ENTRIES):
                 count = min(BLOCK_ENTRIES, item[END] - item[BEGIN] - begin)
                 padded = -(-count // PAD) * PAD
                 block = rows[begin:]
                 score_block(item_query, arena, block, padded, heads, scores, head_dim, group)
+                if logit_cap > 0:
+                    cap_block(scores, padded, heads * group, logit_cap, head_dim)
                 for line in range(heads * group):
                     for i in range(count, padded):
                         scores[line * BLOCK_ENTRIES + i] = -np.inf
@@ -603,12 +658,12 @@ def merge(items, first_of_request, num_heads, group, order, maxima, sums, output
         total[:] = 0
         merged[:] = 0
         for item in of_request:
-            line = max(item[FIRST_HEAD], 0) * group
+            line = item[FIRST_HEAD] * group
             for i in range(item[NUM_HEADS] * group):
                 part = item[FIRST_PART] * group + i
                 highest[line + i] = max(highest[line + i], maxima[part])
         for item in of_request:
-            line = max(item[FIRST_HEAD], 0) * group
+            line = item[FIRST_HEAD] * group
             for i in range(item[NUM_HEADS] * group):
                 part = item[FIRST_PART] * group + i
                 weight = np.exp2(maxima[part] - highest[line + i])

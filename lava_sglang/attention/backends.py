@@ -21,6 +21,7 @@ from lava_sglang.kernels.batch_tables import BatchTables
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 from lava_sglang.kernels.ragged_decode import DecodeWorkspace, ragged_decode, shape_reasons
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.mem_cache.memory_plan import largest_batch
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 class RaggedDecode:
     """What all backends share: the tables, and a layer's decode around its attention."""
 
-    tape: TapeTable | None = None  # set by `attach_tape` once the pools exist
+    # Set by `attach_tape` once the pools exist.
+    tape: TapeTable | None = None
+    layers: LayerMap | None = None
     plans_on_host = False  # whether it needs `TapeTable.host`
     token_to_kv_pool: LavaMHATokenToKVPool
 
@@ -72,6 +75,21 @@ class RaggedDecode:
     ) -> torch.Tensor:
         """Decode attention of one layer: [bs, num_qo_heads, head_dim] of queries of that shape."""
         raise NotImplementedError
+
+    def arena_layer(self, layer: RadixAttention) -> int:
+        assert self.layers is not None
+        return self.layers.arena_layer(layer.layer_id)
+
+    def kernel_options(self, layer: RadixAttention) -> dict[str, Any]:
+        """In what else layers differ, by the names that all kernels have for it."""
+        assert self.layers is not None
+        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
+        return {
+            "sliding_window": self.layers.window_of(layer.layer_id),
+            "logit_cap": layer.logit_cap,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+        }
 
     def refuse_keywords(self, keywords: dict[str, Any]) -> None:
         """What a model hands to its attention beyond q, k and v changes the result.
@@ -166,15 +184,13 @@ class LavaAttnBackend(GpuRaggedDecode):
     def attend(
         self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         return ragged_decode(
             queries,
             self.token_to_kv_pool.arena,
-            layer.layer_id,
+            self.arena_layer(layer),
             self.tables(self.req_to_token, forward_batch),
             layer.scaling,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            **self.kernel_options(layer),
             workspace=self.workspace,
         )
 
@@ -211,16 +227,14 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         self, queries: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         out = torch.empty_like(queries)
-        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         ragged_decode_cpu(
             queries,
             self.token_to_kv_pool.arena,
-            layer.layer_id,
+            self.arena_layer(layer),
             self.tables(self.req_to_token_pool.req_to_token, forward_batch),
             layer.scaling,
             out,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            **self.kernel_options(layer),
         )
         return out
 
@@ -239,7 +253,6 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
         self.save(layer, forward_batch, k, v, save_kv_cache)
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)
-        k_scale, v_scale = self.token_to_kv_pool.scales(layer)
         extend_cpu(
             queries,
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -251,7 +264,6 @@ class LavaCpuAttnBackend(RaggedDecode, TorchNativeAttnBackend):
             forward_batch.extend_seq_lens_cpu,
             layer.scaling,
             out,
-            k_scale=k_scale,
-            v_scale=v_scale,
+            **self.kernel_options(layer),
         )
         return out.view(q.shape[0], -1)

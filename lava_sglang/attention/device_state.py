@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lava_sglang.attention.layers import attention_layers
+from lava_sglang.attention.layers import attention_layers, layer_map
 from lava_sglang.attention.window import DecodeQueries, WindowCapture
 from lava_sglang.config import KVCompressionConfig, KVCompressionError, refuse
 from lava_sglang.mem_cache.memory_plan import DECODE_QUERY_BYTES
@@ -24,9 +24,10 @@ class DeviceState:
     """One per ModelRunner, as `runner.kv_compression`: made when SGLang builds the attention
     backend, when the pools exist and before a graph is captured.
 
-    capture: what each layer's extend hands its queries to. dtype: the model's, of queries.
-    scaling: float32 [num_layers], factor on the product of a query and a stored key. scores: None
-    without a ladder, nothing is trimmed then. decode_queries: None without `decode_interval`.
+    layers: which of the model's layers hold entries, and where. capture: what each layer's extend
+    hands its queries to. dtype: the model's, of queries. scaling: float32 [full layers], factor on
+    the product of a query and a stored key. logit_cap: of full layers. scores: None without a
+    ladder, nothing is trimmed then. decode_queries: None without `decode_interval`.
     """
 
     def __init__(self, config: KVCompressionConfig, runner: ModelRunner):
@@ -34,26 +35,31 @@ class DeviceState:
         refuse(pool_reasons(runner.token_to_kv_pool))
         self.pool: LavaMHATokenToKVPool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.layers = attention_layers(runner.model)
         self.dtype: torch.dtype = runner.model_config.dtype
         device = self.pool.device
-        scaling = [layer.scaling * self.pool.scales(layer)[0] for layer in self.layers]
+        modules = attention_layers(runner.model)
+        self.layers = layer_map(modules, device)
+        full = [modules[layer] for layer in self.layers.full]
+        self.num_qo_heads = full[0].tp_q_head_num
+        self.logit_cap = float(full[0].logit_cap)
+        scaling = [layer.scaling * self.pool.scales(layer)[0] for layer in full]
         self.scaling = torch.tensor(scaling, dtype=torch.float32, device=device)
-        self.capture = WindowCapture()
-        num_rows = self.req_to_token.shape[0]
-        shape = (self.pool.layer_num, self.pool.head_num, device)
-        self.tape = TapeTable(num_rows, *shape)
+        self.capture = WindowCapture(self.layers)
+        num_rows, num_kv_heads = self.req_to_token.shape[0], self.pool.head_num
+        self.tape = TapeTable(num_rows, self.layers.num_layers, num_kv_heads, device)
         self.scores: ScoreTable | None = None
         if config.has_ladder:
-            self.scores = ScoreTable(num_rows, self.pool.arena.shape[2], *shape)
+            self.scores = ScoreTable(
+                num_rows, self.pool.arena.shape[2], self.layers, num_kv_heads, device
+            )
         self.decode_queries: DecodeQueries | None = None
         if config.decode_interval is not None:
             self.decode_queries = self._decode_queries(config)
 
     def _decode_queries(self, config: KVCompressionConfig) -> DecodeQueries:
         num_rows, window_size = self.req_to_token.shape[0], config.window_size
-        heads, head_dim = self.layers[0].tp_q_head_num, self.layers[0].qk_head_dim
-        shape = (num_rows, len(self.layers), window_size, heads, head_dim)
+        head_dim = self.pool.arena.shape[4]
+        shape = (num_rows, len(self.layers.full), window_size, self.num_qo_heads, head_dim)
         size = math.prod(shape) * self.dtype.itemsize
         if size > DECODE_QUERY_BYTES:
             raise KVCompressionError(
@@ -64,4 +70,4 @@ class DeviceState:
                     f"{DECODE_QUERY_BYTES * (num_rows - 1) // size} or a smaller window_size"
                 ]
             )
-        return DecodeQueries(*shape, self.dtype, self.pool.device)
+        return DecodeQueries(self.layers, shape, self.dtype, self.pool.device)

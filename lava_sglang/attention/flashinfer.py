@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lava_sglang.attention.backends import GpuRaggedDecode
-from lava_sglang.attention.layers import attention_layers
+from lava_sglang.attention.layers import attention_layers, sliding_window_of
 from lava_sglang.config import refuse
 from lava_sglang.kernels.flashinfer_decode import FlashInferDecode, shape_reasons
 from lava_sglang.mem_cache.host_tape import HostPieces
@@ -33,8 +33,14 @@ class LavaFlashInferAttnBackend(GpuRaggedDecode):
     def __init__(self, runner: ModelRunner):
         super().__init__(runner)
         arena = self.token_to_kv_pool.arena
-        scales = sorted({layer.scaling for layer in attention_layers(runner.model)})
+        layers = attention_layers(runner.model)
+        scales = sorted({layer.scaling for layer in layers})
         reasons = shape_reasons(arena, self.num_qo_heads)
+        if any(sliding_window_of(layer) or layer.logit_cap for layer in layers):
+            reasons.append(
+                "a model with sliding windows or capped logits: FlashInfer decode plans one call "
+                "for all layers, accepts decode_kernel='triton'"
+            )
         if len(scales) != 1:
             reasons.append(f"attention scales {scales}: FlashInfer decode accepts one for a model")
         refuse(reasons)

@@ -15,7 +15,6 @@ from lava_sglang.attention.flashinfer import LavaFlashInferAttnBackend
 from lava_sglang.attention.window import DecodeQueries, WindowCapture
 from lava_sglang.config import DECODE_BACKENDS, KVCompressionConfig
 from lava_sglang.mem_cache.host_tape import HostTape
-from lava_sglang.mem_cache.tape import TapeTable
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -38,7 +37,7 @@ class AttentionHook:
         if not hasattr(runner, "kv_compression"):
             runner.kv_compression = DeviceState(self.config, runner)
         state: DeviceState = runner.kv_compression
-        attach_tape(backend, state.tape)
+        attach_tape(backend, state)
         if state.decode_queries is not None:
             capture_decode_queries(backend, state.decode_queries)
         return capture_queries(backend, state.capture)
@@ -114,10 +113,10 @@ def capture_decode_queries(backend: AttentionBackend, stash: DecodeQueries) -> N
     backend.__class__ = type(f"Tail{base.__name__}", (base,), members)
 
 
-def attach_tape(backend: AttentionBackend, tape: TapeTable) -> None:
+def attach_tape(backend: AttentionBackend, state: DeviceState) -> None:
     """Give the tables of compressed requests to the backend that decodes from them, if any."""
     for part in (backend, getattr(backend, "decode_backend", None)):
         if isinstance(part, RaggedDecode):
-            part.tape = tape
-            if part.plans_on_host and tape.host is None:
-                tape.host = HostTape()
+            part.tape, part.layers = state.tape, state.layers
+            if part.plans_on_host and state.tape.host is None:
+                state.tape.host = HostTape()

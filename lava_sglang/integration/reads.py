@@ -70,7 +70,7 @@ READS: dict[str, tuple[str, ...]] = {
     "srt.layers.radix_attention.RadixAttention": (
         *("attn_type", "is_cross_attention", "layer_id", "logit_cap", "qk_head_dim", "scaling"),
         *("sliding_window_size", "tp_q_head_num", "v_head_dim", "k_scale", "v_scale"),
-        *("k_scale_float", "v_scale_float"),
+        *("k_scale_float", "v_scale_float", "logit_capping_method", "xai_temperature_len"),
     ),
     "srt.layers.attention.hybrid_attn_backend.HybridAttnBackend": (
         *("prefill_backend", "decode_backend"),

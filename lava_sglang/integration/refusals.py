@@ -230,18 +230,22 @@ def model_reasons(model: Any) -> list[str]:
     """Attention layers whose scores we would get wrong."""
     from sglang.srt.layers.radix_attention import AttentionType
 
-    from lava_sglang.attention.layers import attention_layers
+    from lava_sglang.attention.layers import attention_layers, sliding_reasons
 
     layers = attention_layers(model)
-    reasons = []
-    if any((layer.sliding_window_size or -1) > -1 for layer in layers):
-        reasons.append("models with sliding-window attention are not supported")
+    reasons = sliding_reasons(layers)
     if any(layer.is_cross_attention for layer in layers):
         reasons.append("models with cross-attention are not supported")
     if any(layer.attn_type != AttentionType.DECODER for layer in layers):
         reasons.append("models with bidirectional attention are not supported")
-    if any(layer.logit_cap for layer in layers):
-        reasons.append("models that cap attention logits are not supported")
+    if len({layer.logit_cap for layer in layers}) > 1:
+        reasons.append("models that cap the attention logits of some layers are not supported")
+    if any(layer.logit_cap and layer.logit_capping_method != "tanh" for layer in layers):
+        reasons.append("models that cap attention logits by another function than tanh are refused")
+    if any((layer.xai_temperature_len or -1) > 0 for layer in layers):
+        reasons.append(
+            "models whose attention cools with the length (xai_temperature_len) are refused"
+        )
     if any(layer.qk_head_dim != layer.v_head_dim for layer in layers):
         reasons.append("models whose keys and values differ in size are not supported")
     if [layer.layer_id for layer in layers] != list(range(len(layers))):

@@ -58,7 +58,14 @@ class LavaScheduler(Scheduler):
         logger.info("KV compression: %s", self.kv_compression_config)
 
     def _create_generation_req(self, recv_req: Any, *args: Any, **kwargs: Any) -> LavaReq:
-        return LavaReq(*args, config=self.kv_compression_config, page_size=self.page_size, **kwargs)
+        layers = self.tp_worker.model_runner.kv_compression.layers
+        return LavaReq(
+            *args,
+            config=self.kv_compression_config,
+            layers=layers,
+            page_size=self.page_size,
+            **kwargs,
+        )
 
     def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend():

@@ -56,8 +56,8 @@ class Compressor:
     def __init__(self, model: DeviceState, scheduler: Scheduler):
         self.arena = model.pool.arena
         self.req_to_token = model.req_to_token
-        self.num_qo_heads = model.layers[0].tp_q_head_num
-        self.scaling, self.dtype = model.scaling, model.dtype
+        self.layers, self.num_qo_heads, self.dtype = model.layers, model.num_qo_heads, model.dtype
+        self.scaling, self.logit_cap = model.scaling, model.logit_cap
         self.tape = model.tape
         self.scores = model.scores
         self.timer = StreamTimer(model.pool.device)
@@ -78,24 +78,13 @@ class Compressor:
         """
         load_methods()
         arena, window_size, method = self.arena, config.window_size, method_of(config)
-        num_layers, _, _, _, head_dim = arena.shape
-        budget = window_size + WARM_UP_TOKENS // 2
-        slots = torch.zeros(window_size + WARM_UP_TOKENS, dtype=torch.int64, device=arena.device)
-        prompt = PromptView(
-            arena=arena,
-            slots=slots,
-            queries=torch.zeros(
-                num_layers,
-                window_size,
-                self.num_qo_heads,
-                head_dim,
-                dtype=self.dtype,
-                device=arena.device,
-            ),
-            scaling=self.scaling,
-            shared_prefix_len=0,
-            window_size=window_size,
-        )
+        shape = (len(self.layers.full), window_size, self.num_qo_heads, arena.shape[4])
+        fewest = self.layers.fewest_slots(window_size, config.ragged)
+        budget = fewest + WARM_UP_TOKENS // 2
+        tokens = max(fewest + WARM_UP_TOKENS, self.layers.sliding_window)
+        slots = torch.zeros(tokens, dtype=torch.int64, device=arena.device)
+        queries = torch.zeros(shape, dtype=self.dtype, device=arena.device)
+        prompt = self._prompt(slots, queries, 0, window_size)
         prompt_scores = score_prompt(method, prompt)
         kept = select_entries(method, prompt_scores, prompt, budget)
         compact(arena, slots, slots[:budget], kept.tape_tokens, kept.offsets)
@@ -103,14 +92,33 @@ class Compressor:
             scores = tape_scores(prompt, prompt_scores, kept)
             fewer = select_fewer(
                 method,
+                self.layers,
                 scores,
                 kept.offsets,
                 prompt_scores.layer_weights,
                 len(slots),
                 window_size,
-                window_size + 1,
+                fewest,
             )
-            trim(arena, slots[:budget], fewer.places, window_size + 1)
+            trim(arena, slots[:budget], fewer.places, fewest)
+
+    def _prompt(
+        self,
+        slots: torch.Tensor,
+        queries: torch.Tensor | None,
+        shared_prefix_len: int,
+        window_size: int,
+    ) -> PromptView:
+        return PromptView(
+            arena=self.arena,
+            slots=slots,
+            layers=self.layers,
+            queries=queries,
+            scaling=self.scaling,
+            shared_prefix_len=shared_prefix_len,
+            window_size=window_size,
+            logit_cap=self.logit_cap,
+        )
 
     def compress(
         self, req: LavaReq, state: Planned | ExactForNow, budget: int
@@ -136,13 +144,9 @@ class Compressor:
         tail_slots = None
         self.stream.keep_alive(private, exact_slots)
         with self.stream, self.timer:
-            prompt = PromptView(
-                arena=self.arena,
-                slots=prompt_slots,
-                queries=None if window is None else window.queries(),
-                scaling=self.scaling,
-                shared_prefix_len=plan.shared_prefix_len,
-                window_size=req.compression.window_size,
+            queries = None if window is None else window.queries()
+            prompt = self._prompt(
+                prompt_slots, queries, plan.shared_prefix_len, req.compression.window_size
             )
             prompt_scores = score_prompt(method, prompt)
             kept = select_entries(method, prompt_scores, prompt, budget)
@@ -176,6 +180,7 @@ class Compressor:
             scores = self.scores.read(slots)
             kept = select_fewer(
                 method_of(req.compression),
+                self.layers,
                 scores,
                 self.tape.offsets[row],
                 self.scores.layer_weights[row],
@@ -221,6 +226,8 @@ class Compressor:
                 self.scaling,
                 width,
                 method.score_options(window_size, slots.device),
+                layers=self.layers.full,
+                logit_cap=self.logit_cap,
             )
             kept = select_again(method, scores, offsets, window_size, budget)
             owner, index = tape_entries(kept)

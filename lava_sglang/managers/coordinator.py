@@ -48,7 +48,7 @@ class KVCompressionCoordinator:
     ) -> None:
         self.config = config
         self.stats = stats
-        self.num_layers = model.pool.layer_num
+        self.num_full_layers = len(model.layers.full)
         self.capture = model.capture
         self.decode_queries = model.decode_queries
         self.compressor = Compressor(model, scheduler)
@@ -69,7 +69,7 @@ class KVCompressionCoordinator:
         """Before the launch: fix the plans, say which queries to stash."""
         batch_start = 0
         for req in batch.reqs:
-            req.begin_prefill(self.num_layers)
+            req.begin_prefill(self.num_full_layers)
             state = req.compression_state
             if isinstance(state, Planned) and state.window is not None:
                 chunk = (req.prefix_len, req.extend_end)

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from lava_sglang.attention.window import WindowQueries
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.managers.compression_state import (
     FOLLOWERS,
     NO_PRESSURE,
@@ -46,9 +47,15 @@ class LavaReq(Req):
     """
 
     def __init__(
-        self, *args: Any, config: KVCompressionConfig, page_size: int, **kwargs: Any
+        self,
+        *args: Any,
+        config: KVCompressionConfig,
+        layers: LayerMap,
+        page_size: int,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.layers = layers
         self.page_size = page_size
         self.compression_state: CompressionState = Pending()
         # Shared prefix and suffix in tokens, of the prefill that was launched last.
@@ -147,10 +154,10 @@ class LavaReq(Req):
             return None
         return next((rung for rung in state.plan.rungs if rung < self.held_slots), None)
 
-    def begin_prefill(self, num_layers: int) -> None:
+    def begin_prefill(self, num_full_layers: int) -> None:
         """Fix the plan at the launch of the first chunk. A later chunk changes nothing.
 
-        num_layers: of the model, whose window queries a plan collects.
+        num_full_layers: of the model, whose window queries a plan collects.
         """
         if not isinstance(self.compression_state, Pending):
             return
@@ -162,7 +169,7 @@ class LavaReq(Req):
             return
         window = None
         if method_of(self.compression).needs_queries:
-            window = WindowQueries(num_layers, self.compression.window_size)
+            window = WindowQueries(num_full_layers, self.compression.window_size)
         self._become(Planned(plan, window))
 
     def skip_compression(self, reason: SkipReason) -> None:
@@ -214,10 +221,11 @@ class LavaReq(Req):
             return SkipReason.UNSUPPORTED_REQUEST
         if self.sampling_params.max_new_tokens - len(self.output_ids) <= 1:
             return SkipReason.NO_DECODE
-        if suffix_len < config.min_tokens:
-            sampled = self.sampling_params.n > 1 and prompt_len >= config.min_tokens
+        shortest = self._shortest_suffix()
+        if suffix_len < shortest:
+            sampled = self.sampling_params.n > 1 and prompt_len >= shortest
             return SkipReason.PARALLEL_SAMPLES if sampled else SkipReason.TOO_SHORT
-        rungs = config.rungs(suffix_len, self.page_size)
+        rungs = config.rungs(suffix_len, self.page_size, self.layers)
         if not rungs:
             return SkipReason.BUDGET_COVERS_SUFFIX
         exact_first = config.trigger == "pressure" or config.covers(suffix_len)
@@ -230,8 +238,14 @@ class LavaReq(Req):
         """
         config = self.compression
         prompt_len = len(self.origin_input_ids) + len(self.output_ids)
-        rungs = config.rungs(prompt_len, self.page_size) if config.enabled else ()
-        return prompt_len, rungs[-1] if rungs and prompt_len >= config.min_tokens else prompt_len
+        if not config.enabled or prompt_len < self._shortest_suffix():
+            return prompt_len, prompt_len
+        rungs = config.rungs(prompt_len, self.page_size, self.layers)
+        return prompt_len, rungs[-1] if rungs else prompt_len
+
+    def _shortest_suffix(self) -> int:
+        """Tokens of the shortest suffix that is compressed: no sliding layer sees past it."""
+        return max(self.compression.min_tokens, self.layers.sliding_window - 1)
 
     def expected_plan(self) -> CompressionPlan | None:
         """Its plan, or the one it would get if its prefill were launched now."""

@@ -6,26 +6,27 @@ from __future__ import annotations
 import torch
 
 from lava_sglang.kernels.trim import SCORE_DTYPE
+from lava_sglang.layer_map import LayerMap
 
 
 class ScoreTable:
     """Two bytes an entry, in the slots' own places: SCORE_DTYPE [num_layers, slots, num_kv_heads].
 
     A tape place's score is where the tape's rule puts its entry. Entries of the observation window
-    have an infinite one. `layer_weights`: float32 [rows, num_layers], of the request's ranking.
+    have an infinite one. `layer_weights`: float32 [rows, full layers], of the request's ranking.
     """
 
     def __init__(
         self,
         num_rows: int,
         num_slots: int,
-        num_layers: int,
+        layers: LayerMap,
         num_kv_heads: int,
         device: torch.device | str,
     ):
-        shape = (num_layers, num_slots, num_kv_heads)
+        shape = (layers.num_layers, num_slots, num_kv_heads)
         self.scores = torch.zeros(shape, dtype=SCORE_DTYPE, device=device)
-        self.layer_weights = torch.zeros(num_rows, num_layers, device=device)
+        self.layer_weights = torch.zeros(num_rows, len(layers.full), device=device)
 
     def write(self, slots: torch.Tensor, tape_scores: torch.Tensor) -> None:
         """slots: int64 [budget]. tape_scores: [num_layers * num_kv_heads * budget], tape order."""

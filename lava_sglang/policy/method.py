@@ -54,7 +54,7 @@ class Method(ABC):
     def score(self, prompt: PromptView) -> torch.Tensor:
         """Importance of the scored tokens, the suffix without its window.
 
-        Returns float32 [num_layers, num_kv_heads, scored_len]; higher is kept first.
+        Returns float32 [full layers, num_kv_heads, scored_len]; higher is kept first.
         """
         assert prompt.queries is not None and prompt.scaling is not None
         return window_scores(
@@ -65,10 +65,12 @@ class Method(ABC):
             prompt.window_size,
             prompt.scaling,
             self.score_options(prompt.queries.shape[1], prompt.slots.device),
+            layers=prompt.layers.full_index,
+            logit_cap=prompt.logit_cap,
         )
 
     def layer_weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """Each layer's claim on the budget, float32 [num_layers] in [0, 1]. Equal by default."""
+        """Each full layer's claim on the budget, float32 in [0, 1]. Equal by default."""
         return uniform_weights(scores.shape[0], scores.device)
 
 

@@ -18,5 +18,5 @@ class Random(Method):
     def score(self, prompt: PromptView) -> torch.Tensor:
         device = prompt.slots.device
         generator = torch.Generator(device).manual_seed(self.config.seed)
-        shape = (prompt.num_layers, prompt.num_kv_heads, prompt.scored_len)
+        shape = (len(prompt.layers.full), prompt.num_kv_heads, prompt.scored_len)
         return torch.rand(shape, generator=generator, device=device)

@@ -11,13 +11,14 @@ from lava_sglang.kernels.layer_split import uniform_weights
 from lava_sglang.kernels.trim import SCORE_DTYPE
 from lava_sglang.policy.method import Method
 from lava_sglang.policy.prompt import PromptView
+from lava_sglang.policy.sliding import with_sliding_scores
 
 
 class PromptScores(NamedTuple):
     """What a method makes of a prompt: all that a selection at any budget needs."""
 
     entries: torch.Tensor  # float32 [num_layers, num_kv_heads, scored_len]
-    layer_weights: torch.Tensor  # float32 [num_layers] in [0, 1]
+    layer_weights: torch.Tensor  # float32 [full layers] in [0, 1]
 
 
 def score_prompt(method: Method, prompt: PromptView) -> PromptScores:
@@ -32,4 +33,4 @@ def score_prompt(method: Method, prompt: PromptView) -> PromptScores:
         weights = method.layer_weights(entries)
     if method.config.has_ladder:
         entries = entries.to(SCORE_DTYPE).float()
-    return PromptScores(entries, weights)
+    return PromptScores(with_sliding_scores(prompt.layers, entries), weights)

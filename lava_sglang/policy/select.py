@@ -27,7 +27,13 @@ def select_entries(
     """
     num_layers, num_kv_heads, scored_len = scores.entries.shape
     counts, floor = split_budget(
-        method, scores.layer_weights, num_kv_heads, scored_len, budget - prompt.window_size
+        method,
+        prompt.layers,
+        scores.layer_weights,
+        num_kv_heads,
+        scored_len,
+        prompt.window_size,
+        budget,
     )
     kept = select(
         scores.entries.view(len(counts), -1, scored_len),

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from lava_sglang.kernels.layer_split import layer_split
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy.method import Method
+from lava_sglang.policy.sliding import share_out, with_sliding_counts
 
 HEAD_FLOOR_UNITS = 1_000_000
 """A head floor is read in so many parts of the mean: whole numbers are alike on every device."""
@@ -25,20 +27,28 @@ class Split(NamedTuple):
 
 
 def split_budget(
-    method: Method, layer_weights: torch.Tensor, num_kv_heads: int, scored_len: int, mean: int
+    method: Method,
+    layers: LayerMap,
+    layer_weights: torch.Tensor,
+    num_kv_heads: int,
+    scored_len: int,
+    window_size: int,
+    budget: int,
 ) -> Split:
-    """Divide L * H * mean scored entries over the layers, exactly.
+    """Divide L * H * (b - w) scored entries over the layers, exactly.
 
-    layer_weights: float32 [num_layers]. mean: scored entries kept per layer and head, b - w.
-    A smaller mean never raises a count. Reads nothing back to the host on a GPU.
+    layer_weights: float32 [full layers]. budget: b, entries kept per layer and head.
+    A smaller budget never raises a count. Reads nothing back to the host on a GPU.
     """
-    num_layers = len(layer_weights)
+    ragged = method.traits.ragged
+    shares = share_out(layers, ragged, window_size, scored_len, budget - window_size)
+    # Where heads do not compete each is a layer of its own: a layer's entries are divided by its
+    # heads exactly.
+    heads = num_kv_heads if method.heads_compete else 1
+    counts = layer_split(layer_weights, heads * shares.full, heads * scored_len)
+    counts = with_sliding_counts(layers, counts, shares, heads)
     if not method.heads_compete:
-        # Each head is a layer of its own: a layer's entries are divided by its heads exactly.
-        per_head = layer_split(layer_weights, num_layers * mean, scored_len)
-        return Split(per_head.repeat_interleave(num_kv_heads), 0)
-    cap = num_kv_heads * scored_len
-    counts = layer_split(layer_weights, num_layers * num_kv_heads * mean, cap)
+        return Split(counts.repeat_interleave(num_kv_heads), 0)
     return Split(counts, floor_of(method, counts, num_kv_heads))
 
 

@@ -18,4 +18,4 @@ class StreamingLLM(Method):
     def score(self, prompt: PromptView) -> torch.Tensor:
         recency = torch.arange(prompt.scored_len, dtype=torch.float32, device=prompt.slots.device)
         recency[: self.config.sink_tokens] = torch.inf
-        return recency.expand(prompt.num_layers, prompt.num_kv_heads, -1)
+        return recency.expand(len(prompt.layers.full), prompt.num_kv_heads, -1)

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 from lava_sglang.kernels.select import select
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy.method import Method
 from lava_sglang.policy.select import tape_entries
+from lava_sglang.policy.sliding import rank_by_lateness
 from lava_sglang.policy.split import split_budget
 
 
@@ -22,6 +24,7 @@ class Trim(NamedTuple):
 
 def select_fewer(
     method: Method,
+    layers: LayerMap,
     scores: torch.Tensor,
     offsets: torch.Tensor,
     layer_weights: torch.Tensor,
@@ -34,14 +37,14 @@ def select_fewer(
 
     scores: [num_layers * num_kv_heads * old budget], of `tape_scores`.
     offsets: int32 [num_layers * num_kv_heads + 1], first tape place of each head.
-    layer_weights: float32 [num_layers], of the scores. suffix_len: N, tokens.
+    layer_weights: float32 [full layers], of the scores. suffix_len: N, tokens.
     width: at least the longest piece of a head; N, if answers have not been compressed since.
     The same entries as `select_entries` keeps, ties included: the layer split is monotone in the
     budget. With a head floor whose rounding is not, an entry or two may differ. Reads nothing back
     to the host on a GPU.
     """
-    columns, num_layers = len(offsets) - 1, len(layer_weights)
-    num_kv_heads = columns // num_layers
+    columns = len(offsets) - 1
+    num_kv_heads = columns // layers.num_layers
     starts = offsets[:-1].long()
     # Each head's piece as a row: the order in a head is the order of its tokens.
     owner = torch.arange(columns, device=offsets.device).repeat_interleave(
@@ -51,8 +54,9 @@ def select_fewer(
     width = suffix_len if width is None else width
     by_head = torch.full((columns, width), float("-inf"), device=offsets.device)
     by_head[owner, place - starts[owner]] = scores.float()
+    rank_by_lateness(layers, by_head.view(layers.num_layers, num_kv_heads, width))
     counts, floor = split_budget(
-        method, layer_weights, num_kv_heads, suffix_len - window_size, budget - window_size
+        method, layers, layer_weights, num_kv_heads, suffix_len - window_size, window_size, budget
     )
     by_head = by_head.view(len(counts), -1, width)
     if isinstance(floor, torch.Tensor):

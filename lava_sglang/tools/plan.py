@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 
 
 class PlanError(ValueError):
@@ -26,7 +27,8 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense transformer with grouped-query attention and a gated MLP."""
+    """A dense transformer with grouped-query attention and a gated MLP. Of its layers `sliding` see
+    the last `sliding_window` tokens only."""
 
     name: str
     layers: int
@@ -37,14 +39,19 @@ class ModelShape:
     head_dim: int
     vocab: int
     bytes_per_value: int = 2
+    sliding: int = 0
+    sliding_window: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """A Hugging Face config.json."""
         config = json.loads(path.read_text())
+        name = config.get("_name_or_path") or path.parent.name
+        config = config.get("text_config", config)
         heads = config["num_attention_heads"]
+        sliding = (config.get("layer_types") or []).count("sliding_attention")
         return cls(
-            config.get("_name_or_path") or path.parent.name,
+            name,
             config["num_hidden_layers"],
             config["hidden_size"],
             config["intermediate_size"],
@@ -52,6 +59,8 @@ class ModelShape:
             config.get("num_key_value_heads", heads),
             config.get("head_dim") or config["hidden_size"] // heads,
             config["vocab_size"],
+            sliding=sliding,
+            sliding_window=config["sliding_window"] if sliding else 0,
         )
 
     @property
@@ -76,15 +85,39 @@ class ModelShape:
         """K and V of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
 
+    @property
+    def layer_map(self) -> LayerMap:
+        """Which layers slide does not matter here, only how many."""
+        return LayerMap(range(self.layers), range(self.sliding), self.sliding_window)
+
     def attention_flops(self, pairs: float) -> float:
         """Of a query with a key, and of its weight with a value, for so many pairs."""
-        return 4.0 * self.layers * self.query_heads * self.head_dim * pairs
+        return 4.0 * self.query_heads * self.head_dim * pairs
+
+    def prefill_pairs(self, tokens: int) -> float:
+        """Of a query and a key, in all layers. Causal: a token meets half of the others at most."""
+        seen = min(self.sliding_window, tokens)
+        whole = tokens * tokens / 2
+        return (self.layers - self.sliding) * whole + self.sliding * seen * (tokens - seen / 2)
+
+    def entries_read(self, prompt: int, kept: int, tail: float) -> float:
+        """Entries of a KV head, in all layers, that a step reads of a request that holds `kept`
+        slots for a prompt of so many tokens, and `tail` of its answer."""
+        full, seen = self.layers - self.sliding, min(float(self.sliding_window), prompt + tail)
+        of_prompt = self.layers * kept - self.sliding * min(self.sliding_window - 1, kept)
+        return min(full * prompt, of_prompt) + full * tail + self.sliding * seen
 
 
 MODELS = {
     "llama-3-8b": ModelShape("Llama-3-8B", 32, 4096, 14336, 32, 8, 128, 128256),
     "llama-3-70b": ModelShape("Llama-3-70B", 80, 8192, 28672, 64, 8, 128, 128256),
     "qwen3-4b": ModelShape("Qwen3-4B", 36, 2560, 9728, 32, 8, 128, 151936),
+    "gemma-3-27b": ModelShape(
+        "Gemma-3-27B", 62, 5376, 21504, 32, 16, 128, 262208, sliding=52, sliding_window=1024
+    ),
+    "olmo-3-32b": ModelShape(
+        "OLMo-3-32B", 64, 5120, 27648, 40, 8, 128, 100278, sliding=48, sliding_window=4096
+    ),
 }
 
 
@@ -124,20 +157,22 @@ class RooflineCosts:
         return max(int(free / self.model.slot_bytes), 0)
 
     def prefill(self, tokens: int) -> float:
-        """Seconds of one prompt. Causal: a token meets half of the others on average."""
+        """Seconds of one prompt."""
         flops = 2.0 * self.model.parameters * tokens
-        flops += self.model.attention_flops(tokens * tokens / 2)
+        flops += self.model.attention_flops(self.model.prefill_pairs(tokens))
         return self.overhead + max(self._compute(flops), self._read(self.model.step_bytes))
 
-    def decode(self, requests: int, slots: float) -> float:
-        """Seconds of one step of `requests` which together hold `slots`."""
-        kv = slots * self.model.slot_bytes
-        flops = 2.0 * self.model.parameters * requests + self.model.attention_flops(slots)
+    def decode(self, requests: int, entries: float) -> float:
+        """Seconds of one step of `requests` which together read `entries` of each KV head."""
+        kv = entries * self.model.slot_bytes / self.model.layers
+        flops = 2.0 * self.model.parameters * requests + self.model.attention_flops(entries)
         return self.overhead + max(self._compute(flops), self._read(self.model.step_bytes + kv))
 
     def compress(self, suffix: int, budget: int) -> float:
-        """Seconds. Scores read K and V of the suffix; the copy reads and writes what is kept."""
-        return self._read((suffix + 2 * budget) * self.model.slot_bytes)
+        """Seconds. Scores read K and V of the suffix in full layers; the copy reads and writes what
+        is kept."""
+        scored = suffix * (1 - self.model.sliding / self.model.layers)
+        return self._read((scored + 2 * budget) * self.model.slot_bytes)
 
     def _compute(self, flops: float) -> float:
         return flops / (self.chip.flops * self.flops_efficiency)
@@ -161,19 +196,18 @@ def forecast(
     costs: RooflineCosts, pool_slots: int, prompt_tokens: int, output_tokens: int, budget: float
 ) -> Forecast:
     """What a budget comes to. Raises PlanError if the pool holds no such request."""
-    kept = prompt_tokens
+    kept, model = prompt_tokens, costs.model
     if budget != 1:
-        rungs = KVCompressionConfig.parse({"budget": budget}, "--{}s".format).rungs(
-            prompt_tokens, 1
-        )
-        kept = next(iter(rungs), prompt_tokens)
+        config = KVCompressionConfig.parse({"method": "lava", "budget": budget}, "--{}s".format)
+        kept = next(iter(config.rungs(prompt_tokens, 1, model.layer_map)), prompt_tokens)
     if prompt_tokens + output_tokens > pool_slots:
         raise PlanError(
             f"--prompt-tokens={prompt_tokens} and --output-tokens={output_tokens}: accepts up to "
             f"{pool_slots:,} together, the slots of the pool"
         )
     at_once = pool_slots // (kept + output_tokens)
-    step = costs.decode(at_once, at_once * (kept + output_tokens / 2))
+    read = at_once * model.entries_read(prompt_tokens, kept, output_tokens / 2)
+    step = costs.decode(at_once, read)
     prefill = costs.prefill(prompt_tokens)
     if kept < prompt_tokens:
         prefill += costs.compress(prompt_tokens, kept)

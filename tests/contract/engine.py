@@ -135,6 +135,7 @@ class Engine:
                 max_new_tokens=max_new_tokens, custom_params=kwargs.pop("custom_params", None)
             ),
             config=config,
+            layers=self.model.layers,
             page_size=self.tree.page_size,
             vocab_size=100_000,
             **kwargs,
@@ -291,6 +292,7 @@ class Engine:
         self.prompts[req.rid] = PromptView(
             arena=torch.stack([keys, -keys], dim=1).contiguous(),
             slots=torch.arange(plan.prompt_len),
+            layers=self.model.layers,
             queries=torch.stack(queries),
             scaling=torch.full((NUM_LAYERS,), SCALING),
             shared_prefix_len=plan.shared_prefix_len,

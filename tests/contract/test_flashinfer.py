@@ -166,7 +166,7 @@ def runner_of(engine: Engine, scales: tuple[float, ...] = (SCALING,) * NUM_LAYER
 def attached(engine: Engine) -> tuple[LavaFlashInferAttnBackend, Any]:
     runner = runner_of(engine)
     backend = LavaFlashInferAttnBackend(runner)
-    attach_tape(backend, engine.tape)
+    attach_tape(backend, engine.model)
     return backend, runner.model
 
 

@@ -17,6 +17,7 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.tools.forced_tokens import SHIFT, ForcedTokens
 
@@ -64,6 +65,7 @@ def request(rid: str, forced: list[int] | None, watched: list[int] | None = None
         sampling,
         custom_logit_processor=None if forced is None else ForcedTokens.to_str(),
         config=CONFIG,
+        layers=LayerMap.plain(1),
         page_size=1,
         vocab_size=VOCABULARY,
     )

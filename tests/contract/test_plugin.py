@@ -26,6 +26,7 @@ from lava_sglang.config import KVCompressionConfig, KVCompressionError
 from lava_sglang.integration import hooks, plugin, seams
 from lava_sglang.integration.scheduler import LavaScheduler
 from lava_sglang.kernels.cpu.ragged_decode_jit import attend_kernel
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.mem_cache.tape import TapeTable
 from tests.contract.engine import build_engine
@@ -173,8 +174,10 @@ def test_the_cpu_backend_has_compiled_its_decode_before_the_first_request(schedu
     compiled = attend_kernel(64, 3)
     signatures = list(compiled.signatures)
     assert signatures
-    backend.tape = TapeTable(1, 2, 3, "cpu")
-    layer = SimpleNamespace(layer_id=1, tp_q_head_num=9, qk_head_dim=64, scaling=0.125)
+    backend.tape, backend.layers = TapeTable(1, 2, 3, "cpu"), LayerMap.plain(2)
+    layer = SimpleNamespace(
+        layer_id=1, tp_q_head_num=9, qk_head_dim=64, scaling=0.125, logit_cap=0.0
+    )
     batch = SimpleNamespace(req_pool_indices=torch.zeros(1).long(), seq_lens=torch.tensor([5]))
     q = torch.randn(1, 9 * 64)
     out = backend.forward_decode(q, None, None, layer, batch, save_kv_cache=False)
@@ -236,10 +239,11 @@ def test_only_decode_positions_are_shifted(scheduler: Any, mode: str, expected: 
 
 def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) -> None:
     tape = TapeTable(4, 1, 2, "cpu")
-    runner = SimpleNamespace(kv_compression=SimpleNamespace(tape=tape))
+    state: Any = SimpleNamespace(tape=tape, layers=LayerMap.plain(1))
+    runner = SimpleNamespace(kv_compression=state)
     planning = RaggedBackend()
     planning.plans_on_host = True
-    attach_tape(planning, tape)
+    attach_tape(planning, state)
     rows = torch.tensor([2, 1])
     batch = SimpleNamespace(
         forward_mode=forward_mode("decode"), positions=torch.tensor([3, 4]), req_pool_indices=rows
@@ -248,7 +252,7 @@ def test_a_backend_that_plans_on_the_host_gets_the_rows_there(scheduler: Any) ->
     hook_on(seams.POSITIONS)(batch, ForwardBatch, theirs, runner)
     assert batch.req_pool_indices_cpu is theirs.req_pool_indices_cpu
     host = tape.host
-    attach_tape(planning, tape)
+    attach_tape(planning, state)
     assert host is not None and tape.host is host
 
 

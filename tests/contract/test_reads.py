@@ -41,7 +41,7 @@ def own_names(of: str) -> set[str]:
     from lava_sglang.managers.request import LavaReq
 
     return {name for name in vars(LavaReq) if not name.startswith("__")} | {
-        *("compression", "compression_state", "page_size"),
+        *("compression", "compression_state", "layers", "page_size"),
     }
 
 

@@ -19,12 +19,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import nn
 
 from lava_sglang.attention.backends import LavaAttnBackend, LavaCpuAttnBackend
+from lava_sglang.attention.layers import attention_layers, layer_map
 from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture
 from lava_sglang.config import KVCompressionConfig, KVCompressionError, refuse
 from lava_sglang.integration import hooks, plugin, refusals
 from lava_sglang.integration.args import LavaServerArgs
 from lava_sglang.kernels.ragged_decode import shape_reasons
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.mem_cache.pool import LavaMHATokenToKVPool
 from lava_sglang.methods import RAGGED_METHODS, UNIFORM_METHODS
 from tests.contract.engine import build_engine
@@ -195,10 +197,10 @@ def test_a_plain_decoder_is_served() -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"sliding_window_size": 128}, "sliding-window"),
         ({"is_cross_attention": True}, "cross-attention"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "bidirectional"),
-        ({"logit_cap": 30.0}, "cap attention logits"),
+        ({"logit_cap": 30.0}, "cap the attention logits of some layers"),
+        ({"xai_temperature_len": 1024}, "cools with the length"),
         ({"v_head_dim": 4}, "differ in size"),
         ({"layer_id": 2}, "share or skip KV entries"),
     ],
@@ -209,8 +211,35 @@ def test_a_model_is_refused_for_one_of_its_layers(changes: dict[str, Any], word:
 
 
 def test_a_model_is_refused_with_all_reasons() -> None:
-    odd = attention(sliding_window_size=128, logit_cap=30.0, v_head_dim=4)
+    odd = attention(sliding_window_size=128, is_cross_attention=True, v_head_dim=4)
     assert len(refusals.model_reasons(model_of(odd))) == 3
+
+
+def test_a_model_with_sliding_windows_and_capped_logits_is_served() -> None:
+    full, sliding = attention(logit_cap=50.0), attention(logit_cap=50.0, sliding_window_size=127)
+    model = model_of(sliding, full, sliding_too := attention(logit_cap=50.0))
+    sliding_too.sliding_window_size = 127
+    assert refusals.model_reasons(model) == []
+    layers = layer_map(attention_layers(model), "cpu")
+    assert (layers.sliding, layers.full, layers.sliding_window) == ((0, 2), (1,), 128)
+
+
+@pytest.mark.parametrize(
+    ("windows", "word"),
+    [((127, 127), "all have a sliding window"), ((127, 63, -1), "several sliding windows")],
+)
+def test_windows_that_do_not_fit_are_refused(windows: tuple[int, ...], word: str) -> None:
+    model = model_of(*(attention(sliding_window_size=window) for window in windows))
+    (reason,) = refusals.model_reasons(model)
+    assert word in reason
+    with pytest.raises(KVCompressionError, match=word):
+        layer_map(attention_layers(model), "cpu")
+
+
+def test_logits_capped_by_another_function_are_refused() -> None:
+    layers = [attention(logit_cap=30.0, logit_capping_method="other") for _ in range(2)]
+    (reason,) = refusals.model_reasons(model_of(*layers))
+    assert "by another function than tanh" in reason
 
 
 def test_layers_that_share_their_entries_are_refused() -> None:
@@ -379,7 +408,7 @@ def test_a_backend_that_decodes_from_the_tape_serves_every_method(
     alone = LavaCpuAttnBackend.__new__(LavaCpuAttnBackend)
     (unhooked,) = refusals.scheduler_reasons(scheduler_with(method=method, attn_backend=alone))
     assert "LavaCpuAttnBackend does not hand over its queries" in unhooked
-    capture_queries(alone, WindowCapture())
+    capture_queries(alone, WindowCapture(LayerMap.plain(1)))
     hybrid = SimpleNamespace(prefill_backend=LavaTorchNativeAttnBackend(), decode_backend=alone)
     for backend in (alone, hybrid):
         scheduler = scheduler_with(method=method, attn_backend=backend)

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.managers.compression_state import NO_PRESSURE, CompressionPlan, SkipReason
 from lava_sglang.managers.request import LavaReq
 from lava_sglang.metrics import CompressionStats
@@ -38,6 +39,7 @@ def request(
         array("q", range(length)),
         SamplingParams(max_new_tokens=max_new_tokens, custom_params=custom_params, n=n),
         config=config,
+        layers=LayerMap.plain(LAYERS),
         page_size=page_size,
         vocab_size=100_000,
         **kwargs,

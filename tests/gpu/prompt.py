@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import PromptView
 
 WINDOW = 32
@@ -21,10 +22,13 @@ def made_up_prompt(
     dtype: torch.dtype = torch.bfloat16,
     spare_slots: int = 3000,
     seed: int = 0,
+    sliding: tuple[int, ...] = (),
+    sliding_window: int = 0,
 ) -> PromptView:
     """Queries that look at some tokens much more than at others, in shuffled slots."""
     g = torch.Generator("cuda").manual_seed(seed)
     slots = prompt_len + spare_slots
+    full = layers - len(sliding)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=g, device="cuda")
@@ -32,8 +36,9 @@ def made_up_prompt(
     return PromptView(
         arena=random(layers, 2, slots, heads, head_dim).to(dtype),
         slots=torch.randperm(slots, generator=g, device="cuda")[:prompt_len],
-        queries=(2 * random(layers, WINDOW, heads * group, head_dim)).to(dtype),
-        scaling=torch.full((layers,), head_dim**-0.5, device="cuda"),
+        layers=LayerMap(range(layers), sliding, sliding_window, "cuda"),
+        queries=(2 * random(full, WINDOW, heads * group, head_dim)).to(dtype),
+        scaling=torch.full((full,), head_dim**-0.5, device="cuda"),
         shared_prefix_len=prefix_len,
         window_size=WINDOW,
     )
@@ -54,6 +59,9 @@ def on_cpu(prompt: PromptView) -> PromptView:
     return prompt._replace(
         arena=prompt.arena.cpu().float(),
         slots=prompt.slots.cpu(),
+        layers=LayerMap(
+            range(prompt.num_layers), prompt.layers.sliding, prompt.layers.sliding_window
+        ),
         queries=prompt.queries.cpu().float(),
         scaling=prompt.scaling.cpu(),
     )

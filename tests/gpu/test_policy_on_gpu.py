@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -41,12 +42,17 @@ def no_host_read() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+SLIDING: dict[str, Any] = {"sliding": (0, 2, 3), "sliding_window": 300}
+MODELS = pytest.mark.parametrize("model", [{}, SLIDING], ids=["plain", "sliding"])
+
+
+@MODELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "random"])
-def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype) -> None:
+def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype, model: dict[str, Any]) -> None:
     """Sums are exact; near the threshold rounding may swap a few entries. Devices differ in what is
     random."""
-    prompt = made_up_prompt(dtype=dtype)
+    prompt = made_up_prompt(dtype=dtype, **model)
     method = method_of(KVCompressionConfig(method=name))
     got, want = keep(method, prompt, BUDGET), keep(method, on_cpu(prompt), BUDGET)
     layers, heads = prompt.num_layers, prompt.num_kv_heads
@@ -59,11 +65,12 @@ def test_the_cpu_keeps_the_same(name: str, dtype: torch.dtype) -> None:
     assert len(kept[0] - kept[1]) <= len(kept[1]) // 500, len(kept[0] - kept[1])
 
 
+@MODELS
 @pytest.mark.parametrize("name", [n for n, traits in METHODS.items() if traits.takes_ladder])
-def test_a_compression_and_a_trim_read_nothing_back(name: str) -> None:
+def test_a_compression_and_a_trim_read_nothing_back(name: str, model: dict[str, Any]) -> None:
     config = KVCompressionConfig(method=name, budget=[0.5, 0.25])
     method = method_of(config)
-    prompt = made_up_prompt()
+    prompt = made_up_prompt(**model)
     small = BUDGET // 2
     tape = unused_slots(prompt, BUDGET)
     exact = prompt.arena.clone()
@@ -75,7 +82,14 @@ def test_a_compression_and_a_trim_read_nothing_back(name: str) -> None:
             scores = tape_scores(prompt, prompt_scores, kept)
             suffix_len = len(prompt.slots) - prompt.shared_prefix_len
             fewer = select_fewer(
-                method, scores, kept.offsets, prompt_scores.layer_weights, suffix_len, WINDOW, small
+                method,
+                prompt.layers,
+                scores,
+                kept.offsets,
+                prompt_scores.layer_weights,
+                suffix_len,
+                WINDOW,
+                small,
             )
             trim(prompt.arena, tape, fewer.places, small)
         at_once = select_entries(method, prompt_scores, prompt, small)

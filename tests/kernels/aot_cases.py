@@ -45,12 +45,17 @@ def cases(full: bool) -> list[Case]:
     if full:
         window += [(64, 3, bf16), (128, 8, e4m3), (128, 16, bf16), (80, 5, bf16)]
         window += [(256, 1, torch.float32), (128, 4, torch.float16)]
+    capped = [(256, 2, bf16)]
+    if full:
+        capped += [(256, 4, bf16), (128, 2, bf16), (256, 2, e4m3), (256, 2, torch.float32)]
     copied = [(128, bf16), (96, torch.float32), (64, e4m3)]
     if full:
         copied += [(head_dim, bf16) for head_dim in (64, 80, 256)]
     return [
         *(_decode(*shape) for shape in decode),
+        *(_decode(*shape, logit_cap=50) for shape in capped),
         *(_window_scores(*shape, span=span) for shape in window for span in (0, 16)),
+        *(_window_scores(*shape, span=16, logit_cap=50) for shape in capped),
         *(_compact(*shape) for shape in copied),
         *(_move(*shape) for shape in copied),
         *(_select(num_kv_heads) for num_kv_heads in ((8, 1, 40) if full else (8,))),
@@ -71,7 +76,7 @@ def _model_dtype(kv_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if kv_dtype.itemsize == 1 else kv_dtype
 
 
-def _decode(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
+def _decode(head_dim: int, group: int, kv_dtype: torch.dtype, *, logit_cap: float = 0.0) -> Case:
     def launch() -> None:
         bs, rows = 16, 64
         workspace = DecodeWorkspace(
@@ -90,13 +95,20 @@ def _decode(head_dim: int, group: int, kv_dtype: torch.dtype) -> Case:
                 torch.zeros(rows, LAYERS * KV_HEADS + 1, dtype=torch.int32),
             ),
             head_dim**-0.5,
+            sliding_window=512,
+            logit_cap=logit_cap,
             workspace=workspace,
         )
 
-    return Case(f"decode D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
+    return Case(
+        f"{'capped ' if logit_cap else ''}decode D{head_dim} G{group} {_dtype_name(kv_dtype)}",
+        launch,
+    )
 
 
-def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype, *, span: int) -> Case:
+def _window_scores(
+    head_dim: int, group: int, kv_dtype: torch.dtype, *, span: int, logit_cap: float = 0.0
+) -> Case:
     """With a span, as LAVaSpan calls it; else as LAVa does."""
 
     def launch() -> None:
@@ -115,9 +127,11 @@ def _window_scores(head_dim: int, group: int, kv_dtype: torch.dtype, *, span: in
                 group_reduce="mean" if span else "max",
                 value_norm="token" if span else "head",
             ),
+            logit_cap=logit_cap,
         )
 
     name = "span scores" if span else "scores"
+    name = f"capped {name}" if logit_cap else name
     return Case(f"{name} D{head_dim} G{group} {_dtype_name(kv_dtype)}", launch)
 
 

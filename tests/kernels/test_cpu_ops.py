@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lava_sglang.kernels.batch_tables import BatchTables
+from lava_sglang.kernels.cpu import extend
 from lava_sglang.kernels.cpu.extend import extend_cpu
 from lava_sglang.kernels.cpu.ragged_decode import compile_ragged_decode, ragged_decode_cpu
 
@@ -35,6 +36,8 @@ class Tape:
     dtype: torch.dtype
     max_context: int = 1024
     rows: int = 40
+    sliding_window: int = 0
+    logit_cap: float = 0.0
     seq_lens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class Tape:
             ),
             self.head_dim**-0.5,
             torch.full_like(q, math.nan),
+            sliding_window=self.sliding_window,
+            logit_cap=self.logit_cap,
             k_scale=self.k_scale,
             v_scale=self.v_scale,
         )
@@ -123,11 +128,14 @@ class Tape:
         out = torch.empty(q.shape, dtype=torch.float64)
         for place, row in enumerate(rows):
             for head in range(self.num_kv_heads):
-                homes, slots, heads = zip(*self.entries(row, layer, head), strict=True)
+                entries = [*self.entries(row, layer, head)][-self.sliding_window :]
+                homes, slots, heads = zip(*entries, strict=True)
                 k = self.arena[list(homes), 0, list(slots), list(heads)].double() * self.k_scale
                 v = self.arena[list(homes), 1, list(slots), list(heads)].double() * self.v_scale
                 for g in range(head * self.group, (head + 1) * self.group):
                     logits = k @ q[place, g].double() * self.head_dim**-0.5
+                    if self.logit_cap:
+                        logits = self.logit_cap * (logits / self.logit_cap).tanh()
                     out[place, g] = logits.softmax(0) @ v
         return out
 
@@ -166,6 +174,33 @@ def test_mixed_batch(head_dim: int, group: int, dtype: torch.dtype) -> None:
     ]
     for layer in range(2):
         tape.check(rows, layer)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 2, 17, 64, 65, 256, 300, 600, 900])
+def test_sliding_window(sliding_window: int) -> None:
+    """It ends in the tail, in a piece and in a prefix; heads' pieces differ in length."""
+    tape = Tape(2, 2, 3, 64, FP32, max_context=900, rows=8, sliding_window=sliding_window)
+    rows = [
+        tape.add(1),
+        tape.add(333),
+        tape.add(850),
+        tape.add_compressed(300, tape.random_kept(280), 16),
+        tape.add_compressed(0, [0, 4 * 128, 0, 0], 64),
+        tape.add_compressed(290, [4 * 100, 0, 0, 0], 1),
+        0,
+    ]
+    for layer in range(2):
+        tape.check(rows, layer)
+
+
+@pytest.mark.parametrize("cap", [0.5, 5, 50])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, FP32), (256, BF16), (72, FP32)], ids=str)
+def test_logit_cap(head_dim: int, dtype: torch.dtype, cap: float) -> None:
+    tape = Tape(2, 2, 3, head_dim, dtype, rows=5, sliding_window=100, logit_cap=cap)
+    rows = [tape.add(1), tape.add(150), tape.add_compressed(50, tape.random_kept(150), 9)]
+    tape.check(rows, 0)
+    tape.sliding_window = 0
+    tape.check(rows, 1)
 
 
 def test_every_e4m3_number() -> None:
@@ -308,6 +343,11 @@ def extend_oracle(
             v = tape.arena[0, 1, slots].double() * tape.v_scale
             heads = q[token].double().view(tape.num_kv_heads, tape.group, tape.head_dim)
             logits = torch.einsum("hgd,nhd->hgn", heads, k) * tape.head_dim**-0.5
+            if tape.sliding_window:
+                logits[:, :, : -tape.sliding_window] = -math.inf
+            if tape.logit_cap:
+                logits = tape.logit_cap * (logits / tape.logit_cap).tanh()
+                logits[:, :, : -(tape.sliding_window or position + 1)] = -math.inf
             out[token] = torch.einsum("hgn,nhd->hgd", logits.softmax(-1), v).flatten(0, 1)
             token += 1
     return out
@@ -316,7 +356,22 @@ def extend_oracle(
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, E4M3], ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (64, 3), (80, 4), (128, 8), (256, 16)])
 def test_extend(head_dim: int, group: int, dtype: torch.dtype) -> None:
-    tape = Tape(1, 2, group, head_dim, dtype, max_context=300, rows=7)
+    check_extend(Tape(1, 2, group, head_dim, dtype, max_context=300, rows=7))
+
+
+@pytest.mark.parametrize("dtype", [FP32, E4M3], ids=str)
+@pytest.mark.parametrize("sliding_window", [0, 1, 2, 60, 128, 300])
+@pytest.mark.parametrize("cap", [0.0, 0.5, 50])
+def test_extend_in_blocks(
+    cap: float, sliding_window: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extend, "BLOCK_QUERIES", 50)
+    tape = Tape(1, 2, 3, 64, dtype, max_context=300, rows=7)
+    tape.sliding_window, tape.logit_cap = sliding_window, cap
+    check_extend(tape)
+
+
+def check_extend(tape: Tape) -> None:
     prefix_lens, extend_lens = [0, 0, 1, 37, 200, 65], [1, 129, 1, 70, 0, 1]
     seq_lens = [p + e for p, e in zip(prefix_lens, extend_lens, strict=True)]
     rows = [tape.add(seq_len) for seq_len in seq_lens]
@@ -330,8 +385,10 @@ def test_extend(head_dim: int, group: int, dtype: torch.dtype) -> None:
         torch.tensor(seq_lens),
         prefix_lens,
         torch.tensor(extend_lens),
-        head_dim**-0.5,
+        tape.head_dim**-0.5,
         torch.full_like(q, math.nan),
+        sliding_window=tape.sliding_window,
+        logit_cap=tape.logit_cap,
         k_scale=tape.k_scale,
         v_scale=tape.v_scale,
     )
@@ -347,14 +404,14 @@ def test_extend_checks_the_lengths() -> None:
     q = tape.queries(4)
     k, v = tape.arena[0]
 
-    def extend(seq_len: int, prefix_len: int, extend_len: int) -> torch.Tensor:
+    def run(seq_len: int, prefix_len: int, extend_len: int) -> torch.Tensor:
         return extend_cpu(
             q, k, v, tape.req_to_token, torch.tensor([row]), [seq_len], [prefix_len], [extend_len],
             0.125, torch.empty_like(q),
         )  # fmt: skip
 
-    assert extend(9, 5, 4).isfinite().all()
+    assert run(9, 5, 4).isfinite().all()
     with pytest.raises(ValueError, match=r"seq_lens 9: accepted is .*, 4 \+ 4"):
-        extend(9, 4, 4)
+        run(9, 4, 4)
     with pytest.raises(ValueError, match=r"extend_seq_lens sum to 3: accepted is q.shape\[0\], 4"):
-        extend(8, 5, 3)
+        run(8, 5, 3)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from lava_sglang.kernels.select import Selection
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import PromptView
-from tests.oracle import Prefill, window_attention
+from tests.oracle import How, Prefill, window_attention
 
 HEAD_DIM = 8
 SCALING = HEAD_DIM**-0.5
@@ -62,6 +63,7 @@ def random_prompt(
             num_layers, 2, num_slots, shape.num_kv_heads, HEAD_DIM, generator=generator
         ),
         slots=slots,
+        layers=LayerMap.plain(num_layers),
         queries=torch.randn(num_layers, shape.num_queries, heads, HEAD_DIM, generator=generator),
         scaling=SCALING * torch.arange(1, num_layers + 1),
         shared_prefix_len=shape.shared_prefix_len,
@@ -89,7 +91,7 @@ def prefill_of(prompt: PromptView) -> Prefill:
     queries = prompt.queries.double().transpose(1, 2)
     prompt_len, num_queries = len(prompt.slots), queries.shape[2]
     recorded = [
-        window_attention(*layer, prompt_len - num_queries, float(scale))
+        window_attention(*layer, prompt_len - num_queries, How(float(scale)))
         for *layer, scale in zip(queries, keys, prompt.scaling, strict=True)
     ]
     mean, rms = (torch.stack(part) for part in zip(*recorded, strict=True))
@@ -102,4 +104,5 @@ def prefill_of(prompt: PromptView) -> Prefill:
         window_queries=queries,
         window_attention=mean,
         window_rms=rms,
+        reach=[None] * prompt.num_layers,
     )

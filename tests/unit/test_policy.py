@@ -179,7 +179,7 @@ def test_every_method_keeps_what_its_definition_keeps(
         assert weights == pytest.approx(claims, rel=1e-5, abs=1e-6)
         kept = keep(method, prompt, shape.budget)
         claims = [1.0] * num_layers if options.uniform_layers else weights
-        expected = definition.choose(scores, claims, mean)
+        expected = definition.choose(scores, claims, num_layers * mean)
         assert heads_of(kept, prompt) == with_window(expected, prompt), name
         assert len(kept.tape_tokens) == num_layers * shape.num_kv_heads * shape.budget
         again = keep(method, prompt, shape.budget)
@@ -193,7 +193,8 @@ def test_what_is_kept_is_the_best_by_definition(name: str, shape: Shape) -> None
     kept = heads_of(keep(method_of(settings_for(shape, name)), prompt, shape.budget), prompt)
     scores = scores_by_definition(name, prompt, shape.pool_width)
     mean = shape.budget - shape.window_size
-    best = with_window(KEEP[name].choose(scores, KEEP[name].claims(scores), mean), prompt)
+    chosen = KEEP[name].choose(scores, KEEP[name].claims(scores), NUM_LAYERS * mean)
+    best = with_window(chosen, prompt)
     for layer, (chosen, expected) in enumerate(zip(kept, best, strict=True)):
         assert layer_value(scores[layer], chosen, prompt) == pytest.approx(
             layer_value(scores[layer], expected, prompt), rel=1e-5
@@ -365,7 +366,8 @@ def test_ties_go_to_the_lower_head_and_token(shape: Shape, method: type[Method],
     prompt = random_prompt(shape)
     kept = heads_of(keep(method(settings_for(shape, name)), prompt, shape.budget), prompt)
     ties = torch.zeros(NUM_LAYERS, shape.num_kv_heads, prompt.scored_len)
-    expected = KEEP[name].choose(ties, [1.0] * NUM_LAYERS, shape.budget - shape.window_size)
+    total = NUM_LAYERS * (shape.budget - shape.window_size)
+    expected = KEEP[name].choose(ties, [1.0] * NUM_LAYERS, total)
     assert kept == with_window(expected, prompt)
 
 

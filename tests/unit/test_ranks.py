@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.methods import METHODS
 from lava_sglang.policy import Method, PromptView, keep, method_of
 
@@ -23,6 +24,7 @@ def prompt() -> PromptView:
     return PromptView(
         arena=torch.randn(NUM_LAYERS, 2, PROMPT_LEN, KV_HEADS, HEAD_DIM, generator=generator),
         slots=torch.arange(PROMPT_LEN),
+        layers=LayerMap.plain(NUM_LAYERS),
         queries=torch.randn(NUM_LAYERS, WINDOW, heads, HEAD_DIM, generator=generator),
         scaling=torch.full((NUM_LAYERS,), HEAD_DIM**-0.5),
         shared_prefix_len=SHARED_PREFIX,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import PromptView, keep, method_of
 
 TOKENS, WINDOW, HEADS, DIM = 40, 4, 2, 16
@@ -29,7 +30,8 @@ def prompt_with_a_sink() -> PromptView:
     queries = torch.zeros(1, WINDOW, HEADS, DIM)
     queries[..., 0] = 1.0
     arena = torch.stack([keys, values])[None]
-    return PromptView(arena, torch.arange(TOKENS), queries, torch.ones(1), 0, WINDOW)
+    layers = LayerMap.plain(1)
+    return PromptView(arena, torch.arange(TOKENS), layers, queries, torch.ones(1), 0, WINDOW)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
 from lava_sglang.attention.query_capture import capture_queries
 from lava_sglang.attention.window import WindowCapture, WindowQueries
+from lava_sglang.layer_map import LayerMap
 
 NUM_LAYERS = 3
 HEADS = 2
@@ -23,6 +24,7 @@ class Layer(NamedTuple):
     qk_head_dim: int = HEAD_DIM
 
 
+PLAIN = LayerMap.plain(NUM_LAYERS)
 LAYERS = [Layer(index) for index in range(NUM_LAYERS)]
 
 
@@ -61,7 +63,7 @@ def assert_holds(window: WindowQueries, request: int, first: int, prompt_len: in
 @pytest.mark.parametrize("second_cut", range(1, 12))
 def test_every_split_of_the_window(cut: int, second_cut: int) -> None:
     """12 prompt tokens, a window of 5: three chunks cut at every pair of places."""
-    window, capture = WindowQueries(NUM_LAYERS, 5), WindowCapture()
+    window, capture = WindowQueries(NUM_LAYERS, 5), WindowCapture(PLAIN)
     ends = sorted({cut, second_cut, 12})
     start = 0
     for end in ends:
@@ -73,12 +75,12 @@ def test_every_split_of_the_window(cut: int, second_cut: int) -> None:
 @pytest.mark.parametrize("prompt_len", [5, 6, 100])
 def test_one_chunk(prompt_len: int) -> None:
     window = WindowQueries(NUM_LAYERS, 5)
-    extend(WindowCapture(), (0, window, 0, prompt_len, prompt_len))
+    extend(WindowCapture(PLAIN), (0, window, 0, prompt_len, prompt_len))
     assert_holds(window, 0, prompt_len - 5, prompt_len)
 
 
 def test_one_token_a_chunk() -> None:
-    window, capture = WindowQueries(NUM_LAYERS, 4), WindowCapture()
+    window, capture = WindowQueries(NUM_LAYERS, 4), WindowCapture(PLAIN)
     for token in range(9):
         extend(capture, (0, window, token, token + 1, 9))
     assert_holds(window, 0, 5, 9)
@@ -88,14 +90,14 @@ def test_one_token_a_chunk() -> None:
 def test_a_prefix_that_covers_the_first_window_tokens(prefix_len: int) -> None:
     """Their queries do not exist; the rest stands in order."""
     window = WindowQueries(NUM_LAYERS, 6)
-    extend(WindowCapture(), (0, window, prefix_len, 12, 12))
+    extend(WindowCapture(PLAIN), (0, window, prefix_len, 12, 12))
     assert window.first == prefix_len - 6
     assert_holds(window, 0, prefix_len, 12)
 
 
 def test_several_requests_in_a_batch_keep_apart() -> None:
     windows = [WindowQueries(NUM_LAYERS, size) for size in (3, 5, 2, 4)]
-    capture = WindowCapture()
+    capture = WindowCapture(PLAIN)
     extend(capture, (0, windows[0], 0, 4, 8), (1, windows[1], 0, 7, 7), (3, windows[3], 0, 5, 20))
     assert windows[0].rows is None  # its chunk ends before its window
     assert_holds(windows[1], 1, 2, 7)
@@ -107,7 +109,7 @@ def test_several_requests_in_a_batch_keep_apart() -> None:
 
 
 def test_a_chunk_before_the_window_stores_nothing() -> None:
-    capture = WindowCapture()
+    capture = WindowCapture(PLAIN)
     capture.add(WindowQueries(NUM_LAYERS, 4), 0, (0, 8), 12)
     assert capture.segments == []
     capture.add(WindowQueries(NUM_LAYERS, 4), 0, (0, 9), 12)
@@ -115,7 +117,7 @@ def test_a_chunk_before_the_window_stores_nothing() -> None:
 
 
 def test_a_layer_that_stored_nothing_leaves_the_window_incomplete() -> None:
-    window, capture = WindowQueries(NUM_LAYERS, 4), WindowCapture()
+    window, capture = WindowQueries(NUM_LAYERS, 4), WindowCapture(PLAIN)
     capture.add(window, 0, (0, 6), 6)
     assert not window.complete
     for layer in LAYERS[:-1]:
@@ -126,7 +128,7 @@ def test_a_layer_that_stored_nothing_leaves_the_window_incomplete() -> None:
 
 
 def test_the_stash_keeps_the_models_dtype_and_no_view_of_the_batch() -> None:
-    window, capture = WindowQueries(1, 2), WindowCapture()
+    window, capture = WindowQueries(1, 2), WindowCapture(PLAIN)
     capture.add(window, 0, (0, 4), 4)
     batch = torch.ones(4, HEADS * HEAD_DIM, dtype=torch.bfloat16)
     capture.capture(Layer(0), batch)
@@ -138,7 +140,7 @@ def test_the_stash_keeps_the_models_dtype_and_no_view_of_the_batch() -> None:
 @pytest.mark.parametrize("heads_apart", [False, True])
 def test_queries_may_be_a_slice_of_a_fused_projection(heads_apart: bool) -> None:
     """Backends pass [tokens, heads * head_dim] or [tokens, heads, head_dim], often strided."""
-    window, capture = WindowQueries(1, 3), WindowCapture()
+    window, capture = WindowQueries(1, 3), WindowCapture(PLAIN)
     capture.add(window, 0, (0, 5), 5)
     fused = torch.randn(5, 3 * HEADS * HEAD_DIM)
     queries = fused[:, : HEADS * HEAD_DIM]
@@ -167,7 +169,7 @@ class Hybrid(HybridAttnBackend):  # type: ignore[misc]
 
 class Recorder(WindowCapture):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(PLAIN)
         self.seen: list[tuple[object, object]] = []
 
     def capture(self, layer: object, queries: object) -> None:
@@ -187,13 +189,13 @@ def test_a_backend_keeps_its_identity_and_hands_over_its_queries() -> None:
 
 
 def test_other_backends_of_the_class_are_left_alone() -> None:
-    capture_queries(Backend(), WindowCapture())
+    capture_queries(Backend(), WindowCapture(PLAIN))
     assert type(Backend()) is Backend
 
 
 def test_a_hybrid_backend_captures_at_its_prefill_backend() -> None:
     backend = Hybrid()
-    assert capture_queries(backend, WindowCapture()) is backend
+    assert capture_queries(backend, WindowCapture(PLAIN)) is backend
     assert type(backend) is Hybrid
     assert type(backend.prefill_backend).__name__ == "LavaBackend"
     assert type(backend.decode_backend) is Backend

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import PromptView
 
 ATTENTION = "lava_inspection"
@@ -25,8 +26,13 @@ class AttentionPass(Protocol):
     """What computes attention during one call of the model. Batch of B, Q query heads, H KV heads,
     T new tokens, D head dim; keys and queries after RoPE."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[B, Q, T, D] of query [B, Q, T, D], key and value [B, H, T, D] of the new tokens."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: int
+    ) -> Tensor:
+        """[B, Q, T, D] of query [B, Q, T, D], key and value [B, H, T, D] of the new tokens.
+
+        reach: the last tokens that one sees, itself included; 0: all.
+        """
 
 
 def load_model(
@@ -54,8 +60,9 @@ class Prefill(NamedTuple):
 
     prompt_len: int  # I
     arena: Tensor  # [L, 2, I or more, H, D], keys after RoPE; slot i holds token i
-    queries: Tensor  # [L, w, Q, D], after RoPE, of the last w tokens
-    scaling: Tensor  # float32 [L], factor on the attention logits
+    layers: LayerMap
+    queries: Tensor  # [full layers, w, Q, D], after RoPE, of the last w tokens
+    scaling: Tensor  # float32 [full layers], factor on the attention logits
     logits: Tensor | None  # [vocabulary], of the last token; None if the pass went on after it
 
     def view(self, window_size: int, shared_prefix_len: int = 0) -> PromptView:
@@ -74,6 +81,7 @@ class Prefill(NamedTuple):
         return PromptView(
             arena=self.arena,
             slots=torch.arange(self.prompt_len, device=self.arena.device),
+            layers=self.layers,
             queries=self.queries[:, -window_size:].contiguous(),
             scaling=self.scaling,
             shared_prefix_len=shared_prefix_len,
@@ -105,8 +113,11 @@ def prefill(
         record.start = start
         chunk = tokens[:, start : start + chunk_tokens]
         logits = forward(model, chunk, start, record, logits_to_keep=1)[0, -1]
-    scaling = torch.tensor(record.scaling, device=tokens.device)
-    return Prefill(len(input_ids), record.arena, record.queries, scaling, logits)
+    sliding = [layer for layer, reach in enumerate(record.reach) if reach]
+    layers = LayerMap(range(len(record.reach)), sliding, max(record.reach), tokens.device)
+    full = list(layers.full)
+    scaling = torch.tensor(record.scaling, device=tokens.device)[full]
+    return Prefill(len(input_ids), record.arena, layers, record.queries[full], scaling, logits)
 
 
 @torch.no_grad()
@@ -141,8 +152,11 @@ class _PrefillPass:
         self.start = 0  # of the chunk
         self.arena = self.queries = torch.empty(0)
         self.scaling = [0.0] * num_layers
+        self.reach = [0] * num_layers
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: int
+    ) -> Tensor:
         _, heads, count, dim = key.shape
         if not self.arena.numel():
             self.arena = key.new_empty(self.num_layers, 2, self.prompt_len, heads, dim)
@@ -152,11 +166,12 @@ class _PrefillPass:
         end = self.start + count
         self.arena[layer, 0, self.start : end] = key[0].transpose(0, 1)
         self.arena[layer, 1, self.start : end] = value[0].transpose(0, 1)
-        self.scaling[layer] = scale
+        self.scaling[layer], self.reach[layer] = scale, reach
         self._stash(layer, query)
         # [1, H, end, D]
         keys, values = self.arena[layer, :, :end].transpose(1, 2)[:, None]
-        mask = None if self.start == 0 else _causal(self.start, end, query.device)
+        plain = self.start == 0 and not reach
+        mask = None if plain else seen_by(self.start, end, reach, query.device)
         return F.scaled_dot_product_attention(
             query, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
@@ -170,10 +185,11 @@ class _PrefillPass:
         self.queries[layer, place : place + len(rows)] = rows
 
 
-def _causal(start: int, end: int, device: torch.device) -> Tensor:
+def seen_by(start: int, end: int, reach: int, device: torch.device) -> Tensor:
     """bool [end - start, end]: what the tokens from `start` to `end` see."""
     tokens = torch.arange(end, device=device)
-    return tokens[None, :] <= tokens[start:, None]
+    distance = tokens[start:, None] - tokens[None, :]
+    return (distance >= 0) & (distance < (reach or end))
 
 
 def _attend(
@@ -191,12 +207,11 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Transformers' attention call, handed to the pass in progress."""
     found = [name for name in _UNSUPPORTED if extras.get(name) is not None]
-    if sliding_window is not None:
-        found.append(f"sliding_window={sliding_window}")
     if found:
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(found)}")
     layer = int(module.layer_idx)
-    return attention_pass.attend(layer, query, key, value, scaling).transpose(1, 2), None
+    output = attention_pass.attend(layer, query, key, value, scaling, sliding_window or 0)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attend)

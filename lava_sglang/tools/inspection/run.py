@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lava_sglang.config import KVCompressionConfig
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.policy import method_of
 from lava_sglang.tools.inspection.kept import KeptPrompt, kept_prompt
 from lava_sglang.tools.inspection.report import report
@@ -38,11 +39,12 @@ def run(settings: InspectionSettings, console: Console) -> KeptPrompt:
     model_config = AutoConfig.from_pretrained(settings.model_path).get_text_config()
     layer = chosen_layer(settings.layer, model_config.num_hidden_layers)
     input_ids = tokenize(tokenizer, text, settings.chat_template)
-    budget = budget_of(compression, settings, len(input_ids))
+    budget_of(compression, settings, len(input_ids))  # refused before the model is loaded
     with console.status(f"Prefilling {len(input_ids):,} tokens ..."):
         dtype = torch.float32 if settings.device == "cpu" else torch.bfloat16
         model = load_model(settings.model_path, dtype, settings.device)
         view = prefill(model, input_ids, compression.window_size).view(compression.window_size)
+        budget = budget_of(compression, settings, len(input_ids), view.layers)
         kept = kept_prompt(method_of(compression), view, budget)
     console.print(
         report(kept, layer, lambda tokens: tokenizer.decode([input_ids[i] for i in tokens]))
@@ -98,7 +100,10 @@ def chosen_layer(layer: int | None, num_layers: int) -> int:
 
 
 def budget_of(
-    compression: KVCompressionConfig, settings: InspectionSettings, prompt_len: int
+    compression: KVCompressionConfig,
+    settings: InspectionSettings,
+    prompt_len: int,
+    layers: LayerMap | None = None,
 ) -> int:
     """b, as a server with pages of one token computes it. Raises InspectionError where a server
     would not compress."""
@@ -108,7 +113,7 @@ def budget_of(
             f"--prompt-file={settings.prompt_file}: holds {prompt_len} tokens, accepts {least} up "
             f"(window_size={compression.window_size}, and two to choose from)"
         )
-    rungs = compression.rungs(prompt_len, page_size=1)
+    rungs = compression.rungs(prompt_len, 1, layers)
     if not rungs:
         raise InspectionError(
             f"--budget={settings.budget:g}: keeps all {prompt_len} tokens of the prompt, accepts "

@@ -50,9 +50,10 @@ def check(
     if "recency" in options:
         places = torch.arange(inputs[0].shape[1], dtype=torch.float32)
         options["query_weights"] = (places / options.pop("recency")).softmax(0)
+    further = {name: options.pop(name) for name in ("layers", "logit_cap") if name in options}
     scored = ScoreOptions(**options)
-    got = window_scores_triton(*args, scored)
-    want = window_scores_ref(*args, scored)
+    got = window_scores_triton(*args, scored, **further)
+    want = window_scores_ref(*args, scored, **further)
     assert want.shape[2] == len(inputs[2]) - prefix - window
     torch.testing.assert_close(got, want, rtol=RTOL[inputs[0].dtype], atol=1e-7)
 
@@ -169,6 +170,29 @@ def test_shape(
 @METHODS
 def test_a_scale_for_each_layer(options: dict[str, Any]) -> None:
     check(prompt(dtype=torch.float32), scaling=torch.tensor([0.05, 0.3]), **options)
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_of_the_arenas_layers(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    queries, arena, slots = prompt(layers=5, dtype=dtype)
+    layers, scaling = torch.tensor([1, 4]), torch.tensor([0.05, 0.3])
+    inputs = (queries[:2], arena, slots)
+    check(inputs, layers=layers, scaling=scaling, **options)
+    alone = (queries[:2], arena[[1, 4]], slots, 21, 8, scaling, ScoreOptions(**_plain(options)))
+    got = window_scores_triton(*inputs, *alone[3:], layers=layers)
+    assert torch.equal(got, window_scores_triton(*alone))
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "recency"}
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("logit_cap", [0.5, 5.0, 50.0])
+def test_logit_cap(logit_cap: float, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    check(prompt(dtype=dtype), logit_cap=logit_cap, **options)
 
 
 @pytest.mark.parametrize("num_programs", [1, 4, 1024])
