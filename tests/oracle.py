@@ -179,7 +179,8 @@ def _attention(
     return oracle_pass.attend(layer, query[0], key[0], value[0], how)[None], None
 
 
-AttentionInterface.register("keep_mask_oracle", _attention)
+ATTENTION = "keep_mask_oracle"
+AttentionInterface.register(ATTENTION, _attention)
 
 
 @dataclass(frozen=True)
@@ -220,14 +221,14 @@ class Oracle:
         entries: Entries | None = None,
     ) -> None:
         self.entries = entries
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=dtype,
-            attn_implementation="keep_mask_oracle",
-            local_files_only=True,
-        ).eval()
+        self.model: Any = self.load(model_dir, dtype)
         has_tokenizer = (Path(model_dir) / "tokenizer_config.json").exists()
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir) if has_tokenizer else None
+
+    def load(self, model_dir: str | Path, dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation=ATTENTION, local_files_only=True
+        ).eval()
 
     @torch.no_grad()
     def prefill(

@@ -16,6 +16,7 @@ from lava_sglang.layer_map import LayerMap
 def attention_layers(model: nn.Module) -> list[RadixAttention]:
     """SGLang's RadixAttention modules of a model, by layer."""
     layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers += _beside_transformers(model)
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
@@ -41,3 +42,18 @@ def sliding_reasons(layers: Sequence[RadixAttention]) -> list[str]:
     if len(windows) > 2:
         return [f"models with several sliding windows ({sorted(windows - {0})}) are not supported"]
     return []
+
+
+def _beside_transformers(model: nn.Module) -> list[RadixAttention]:
+    """Those of SGLang's Transformers backend, which holds them in a plain dict, by layer.
+
+    Each is given the scale of the module that calls it, as that does in its first pass. Mutates
+    them. Source: models/transformers.py (SGLang 0.5.23).
+    """
+    instances: dict[int, RadixAttention] = getattr(model, "attention_instances", {})
+    text_config = getattr(model, "text_config", None)
+    for module in model.modules() if instances else ():
+        index, scaling = getattr(module, "layer_idx", None), getattr(module, "scaling", None)
+        if index in instances and scaling is not None and module.config is text_config:
+            instances[index].scaling = float(scaling)
+    return list(instances.values())

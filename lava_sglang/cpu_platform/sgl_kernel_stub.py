@@ -72,12 +72,33 @@ def build_module() -> ModuleType:
 
 
 def answer_missing_cpu_ops(module: ModuleType) -> ModuleType:
-    """Gives `module` an answer for the `*_cpu` names that it lacks, and returns it.
+    """Gives `module` an answer for the `*_cpu` names that it lacks, and returns it; `torch.ops` one
+    for those that models take from there.
 
     Changed in place; the names that it has, and a `__getattr__` of its own, stay.
     """
     module.__dict__.setdefault("__getattr__", _missing_cpu_op)
+    answer_missing_torch_ops()
     return module
+
+
+TORCH_OPS_OF_MODELS = (
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+    "fused_sigmoid_mul_cpu",
+)
+"""What SGLang's Qwen3.5 takes from `torch.ops.sgl_kernel` when it is imported. The processor of all
+Qwen-VL models imports it: without these names none of them is served."""
+
+
+def answer_missing_torch_ops() -> None:
+    """Gives `torch.ops.sgl_kernel` those names, where it lacks them, to raise when called."""
+    import torch
+
+    for name in TORCH_OPS_OF_MODELS:
+        if not hasattr(torch.ops.sgl_kernel, name):
+            setattr(torch.ops.sgl_kernel, name, _missing_cpu_op(name))
 
 
 def _missing_cpu_op(name: str) -> Callable[..., object]:

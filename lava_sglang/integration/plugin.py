@@ -64,7 +64,7 @@ def register() -> None:
 
 def install_in_scheduler(scheduler: LavaScheduler) -> None:
     """Raises KVCompressionError with every hook that did not take and every place that differs."""
-    from lava_sglang.attention.positions import shift_positions
+    from lava_sglang.attention.positions import mrope_of_true_lengths, shift_positions
     from lava_sglang.attention.query_capture import AttentionHook, register_backends
     from lava_sglang.mem_cache.cpu_fp8 import allow_without_amx, plain_entries
     from lava_sglang.mem_cache.memory_plan import MemoryPlan
@@ -80,6 +80,7 @@ def install_in_scheduler(scheduler: LavaScheduler) -> None:
     hooks.add(f"sglang.{seams.POOL_SIZE.target}", plan.add_fixed_bytes)
     hooks.add(f"sglang.{seams.ATTENTION.target}", AttentionHook(config))
     hooks.add(f"sglang.{seams.POSITIONS.target}", shift_positions)
+    hooks.add(f"sglang.{seams.MROPE.target}", mrope_of_true_lengths, HookType.AROUND)
     hooks.add(f"sglang.{seams.PREFILL_LOG.target}", scheduler.add_log_parts)
     hooks.add(f"sglang.{seams.DECODE_LOG.target}", scheduler.add_log_parts)
     hooks.apply(check_seams=True)

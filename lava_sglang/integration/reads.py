@@ -13,8 +13,8 @@ READS: dict[str, tuple[str, ...]] = {
         *("origin_input_ids", "output_ids", "full_untruncated_fill_ids", "refresh_fill_ids"),
         *("prefix_len", "extend_end", "extend_len", "skip_radix_cache_insert"),
         *("to_finish", "finished", "beam_group", "session", "input_embeds"),
-        *("positional_embed_overrides", "multimodal_inputs", "return_routed_experts"),
-        *("return_indexer_topk",),
+        *("positional_embed_overrides", "return_routed_experts", "return_indexer_topk"),
+        *("session_generation",),
     ),
     "srt.managers.schedule_batch.ReqKvInfo": (
         *("req_pool_idx", "kv_committed_len", "kv_allocated_len", "cache_protected_len"),

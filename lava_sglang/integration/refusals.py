@@ -143,8 +143,6 @@ FEATURES = (
     Feature("enable_lmcache", _set, "LMCache"),
     Feature("enable_flexkv", _set, "FlexKV"),
     Feature("radix_cache_backend", _set, "another radix cache"),
-    Feature("enable_streaming_session", _set, "streaming sessions"),
-    Feature("enable_session_radix_cache", _set, "the session radix cache"),
     Feature("kv_canary", lambda v: v != "none", "the KV canary"),
     Feature("enable_deterministic_inference", _set, "deterministic inference"),
     Feature("cuda_graph_config", _full_prefill_graph, "full CUDA graphs for prefill"),
@@ -207,8 +205,6 @@ def scheduler_reasons(scheduler: Scheduler) -> list[str]:
         reasons.append(f"prefix cache {name}: only UnifiedRadixCache is supported")
     if runner.model_config.attention_chunk_size is not None:
         reasons.append("models with attention in chunks are not supported")
-    if runner.model_config.model_is_mrope:
-        reasons.append("multimodal RoPE positions are not supported")
     if runner.model_config.is_encoder_decoder:
         reasons.append("encoder-decoder models are not supported")
     backend = runner.attn_backend

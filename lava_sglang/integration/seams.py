@@ -142,6 +142,13 @@ POSITIONS = Seam(
     "decode positions are derived from seq_lens here and nowhere else; no subclass point. It is "
     "handed the rows on the host and drops them in decode: FlashInfer is planned by them",
 )
+MROPE = Seam(
+    "srt.model_executor.forward_batch_info.ForwardBatch._compute_mrope_positions_decode",
+    "hook",
+    ("self", "model_runner", "batch"),
+    "the three positions of multimodal models are derived from lengths too, and from what a "
+    "request's images took: SGLang's own arithmetic, over true lengths",
+)
 PREFILL_LOG = Seam(
     f"{_STATS}.get_prefill_usage_msg_parts", "hook", ("self",), "the Prefill batch log line"
 )
@@ -168,6 +175,7 @@ SEAMS = (
     POOL_SIZE,
     ATTENTION,
     POSITIONS,
+    MROPE,
     PREFILL_LOG,
     DECODE_LOG,
     Seam(
@@ -426,6 +434,12 @@ SEAMS = (
     Seam(f"{_TREE}.match_prefix", "call", ("self", "params"), "finds the shared prefix's node"),
     Seam(f"{_TREE}.lock", "call", ("self", "node"), "locks the shared prefix only"),
     Seam(f"{_TREE}.unlock", "call", ("self", "lock"), "unlocks the exact suffix"),
+    Seam(
+        "srt.mem_cache.unified_radix_cache.UnifiedRadixCache.session_records",
+        "call",
+        ("self",),
+        "slots that streaming sessions hold between their turns",
+    ),
     Seam(f"{_TREE}.protected_size", "call", ("self",), "what a lock alone keeps"),
     Seam(
         "srt.mem_cache.memory_pool.ReqToTokenPool.register_on_alloc_rows",

@@ -29,7 +29,8 @@ class SkipReason(StrEnum):
     NO_ROOM = "no_room"  # no b free slots for the copy
     NO_QUERIES = "no_queries"  # the attention backend handed over no window queries
     ABORTED = "aborted"  # ended before its prefill did
-    UNSUPPORTED_REQUEST = "unsupported_request"  # beam search, sessions, embeddings, captures
+    SESSION = "session"  # a turn of a session: its entries are the next turn's
+    UNSUPPORTED_REQUEST = "unsupported_request"  # beam search, embeddings, captures
 
 
 NO_PRESSURE = "no_pressure"

@@ -26,6 +26,12 @@ class Demand:
         available: int = self.tree_cache.token_to_kv_pool_allocator.available_size()
         return available + int(self.tree_cache.evictable_size())
 
+    def pool_slots(self) -> int:
+        """What one request alone could have: all but what sessions hold between their turns."""
+        size: int = self.tree_cache.token_to_kv_pool_allocator.size
+        records = self.tree_cache.session_records().values()
+        return size - sum(int(kv.kv_allocated_len) for kv in records)
+
     def running(self) -> list[LavaReq]:
         """Requests that decode."""
         reqs: list[LavaReq] = self.scheduler.running_batch.reqs

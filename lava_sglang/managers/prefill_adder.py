@@ -216,12 +216,12 @@ class LavaPrefillAdder(PrefillAdder):
         return stock + self._copy_slots(req, stock)
 
     def _copy_slots(self, req: LavaReq, reserve: int = 0) -> int:
-        """Slots of its copy; 0 if it gets none, or if that would not fit an empty pool."""
+        """Slots of its copy; 0 if it gets none, or if that would not fit a pool without others."""
         slots = req.copy_slots()
         max_new = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
         prompt = self.ceil_paged_tokens(len(req.full_untruncated_fill_ids))
         copy = slots + self.per_req_token_overhead + reserve
-        size: int = self.token_to_kv_pool_allocator.size
+        size = self.coordinator.demand.pool_slots()
         if req.sampling_params.ignore_eos and self.tree_cache.disable:
             # SGLang plans all of a fixed-length output, and the prompt with it, without a tree.
             fits = prompt + max_new + copy + IGNORE_EOS_RESERVE_TOKENS < size
@@ -273,8 +273,8 @@ class LavaPrefillAdder(PrefillAdder):
     def _make_room_of_its_prefix(self, req: LavaReq) -> bool:
         """The same where the matched prefix is in the way of a first copy: `req` must be matched
         again. Otherwise what is cached would have to wait where what is not would be admitted."""
-        if not self.coordinator.may_shrink or req.prefix_len == 0:
-            return False
+        if not self.coordinator.may_shrink or req.prefix_len == 0 or req.session is not None:
+            return False  # a session's next turn stands on what it matched
         self._match_nothing(req)
         if self._shrink_for(req):
             return True

@@ -217,6 +217,8 @@ class LavaReq(Req):
             return SkipReason.ABORTED
         if not config.enabled:
             return SkipReason.DISABLED
+        if self._is_turn_of_session:
+            return SkipReason.SESSION
         if self._unsupported():
             return SkipReason.UNSUPPORTED_REQUEST
         if self.sampling_params.max_new_tokens - len(self.output_ids) <= 1:
@@ -348,13 +350,17 @@ class LavaReq(Req):
             return longest
         return max(0, min(longest, input_len - self.compression.window_size))
 
+    @property
+    def _is_turn_of_session(self) -> bool:
+        """Of one that SGLang keeps entries of: by its record, or by a mark on the tree's nodes. A
+        `session_id` without --enable-session-radix-cache is a name and nothing else."""
+        return self.session is not None or self.session_generation is not None
+
     def _unsupported(self) -> bool:
         return (
             self.beam_group is not None
-            or self.session is not None
             or self.input_embeds is not None
             or self.positional_embed_overrides is not None
-            or self.multimodal_inputs is not None
             or self.return_routed_experts
             or self.return_indexer_topk
             or (self.skip_radix_cache_insert and not self.compressed)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.session.session_controller import Session
 
 from lava_sglang.config import KVCompressionConfig
 from tests.contract.scheduling import Served
@@ -74,6 +75,29 @@ def test_a_candidates_prefix_stays_where_room_is_made_beside_it(
     served.serve(check=True)
     assert exact.compressed and late.cached_tokens >= 384
     assert [len(req.output_ids) for req in served.finished[2:]] == [8, 100]
+
+
+def test_a_turn_of_a_streaming_session_keeps_what_it_has(page_size: int, overlap: bool) -> None:
+    """700 tokens are the session's, 1,100 run and find no room for a copy. The next turn
+    waits for them: its row is no match that it could do without."""
+    served = Served(PRESSURE, slots=2048, page_size=page_size, overlap=overlap)
+    session = Session(100_000, "session", streaming=True)
+    turn = served.send(700, max_new_tokens=8, session=session)
+    while not served.finished:
+        served.step()
+    exact = served.send(1100, first=5000, max_new_tokens=100)
+    for _ in range(5):
+        served.step()
+    text = [*turn.origin_input_ids, *turn.output_ids, *range(20_000, 20_300)]
+    late = served.queue(served.engine.request(text, max_new_tokens=8, session=session))
+    while len(served.finished) < 3:
+        served.step()
+        assert served.steps < 1000
+    assert served.finished == [turn, exact, late]
+    assert [req.skip_reason for req in served.finished] == ["session", "no_room", "session"]
+    assert late.cached_tokens >= 707 // page_size * page_size
+    served.tree_cache.release_session("session")
+    served.check_idle()
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

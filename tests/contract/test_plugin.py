@@ -37,6 +37,7 @@ RUNTIME_HOOKS = (
     seams.POOL_SIZE,
     seams.ATTENTION,
     seams.POSITIONS,
+    seams.MROPE,
     seams.PREFILL_LOG,
     seams.DECODE_LOG,
 )

@@ -119,6 +119,9 @@ def test_the_reserve_without_an_engine() -> None:
             size=size, request_slot_reserve=lambda **kwargs: 0
         )
         adder.tree_cache = SimpleNamespace(disable=False)
+        adder.coordinator = SimpleNamespace(
+            demand=SimpleNamespace(pool_slots=lambda size=size: size)
+        )
         assert adder._request_slot_reserve_for_req(req) == expected, size
 
 

@@ -30,7 +30,7 @@ HOLDS = {
 OURS = {
     "runner": {"kv_compression"},
     "scheduler": {"kv_compression_config", "add_log_parts"},
-    "tree_cache": {"tree_core"},  # of the unified tree, the only one that is served
+    "tree_cache": {"tree_core", "session_records"},  # of the unified tree, the one that is served
 }
 
 

@@ -64,8 +64,6 @@ ON: dict[str, Any] = {
     "enable_lmcache": True,
     "enable_flexkv": True,
     "radix_cache_backend": "swa",
-    "enable_streaming_session": True,
-    "enable_session_radix_cache": True,
     "kv_canary": "log",
     "enable_deterministic_inference": True,
     "cuda_graph_backend_prefill": "full",
@@ -293,7 +291,6 @@ def scheduler_with(**changes: Any) -> Any:
     engine = build_engine(page_size=1, dtype=dtype)
     runner = SimpleNamespace(
         model_config=SimpleNamespace(
-            model_is_mrope=changes.pop("mrope", False),
             is_encoder_decoder=changes.pop("encoder_decoder", False),
             attention_chunk_size=changes.pop("attention_chunk_size", None),
             dtype=changes.pop("model_dtype", dtype),
@@ -330,7 +327,6 @@ class OtherPool:
     [
         ({"allocator": allocator_of(OtherPool())}, "KV pool OtherPool"),
         ({"tree_cache": object()}, "prefix cache object"),
-        ({"mrope": True}, "multimodal RoPE"),
         ({"encoder_decoder": True}, "encoder-decoder"),
         ({"attn_backend": TorchNativeAttnBackend()}, "TorchNativeAttnBackend does not hand over"),
         (
@@ -346,7 +342,6 @@ class OtherPool:
     ids=[
         "pool",
         "tree",
-        "mrope",
         "encoder-decoder",
         "backend",
         "hybrid backend",

@@ -97,7 +97,7 @@ def test_scope_prompt_plans_the_whole_prompt() -> None:
         (SkipReason.UNSUPPORTED_REQUEST, {"return_indexer_topk": True}, 0),
         (SkipReason.UNSUPPORTED_REQUEST, {"input_embeds": [[0.0]] * 1000}, 0),
         (SkipReason.UNSUPPORTED_REQUEST, {"positional_embed_overrides": object()}, 0),
-        (SkipReason.UNSUPPORTED_REQUEST, {"session": SimpleNamespace(streaming=False)}, 0),
+        (SkipReason.SESSION, {"session": SimpleNamespace(streaming=False)}, 0),
     ],
 )
 def test_why_a_request_is_not_compressed(
@@ -106,11 +106,23 @@ def test_why_a_request_is_not_compressed(
     assert request(**kwargs).plan_for(prefix_len) is reason
 
 
-@pytest.mark.parametrize("name", ["beam_group", "multimodal_inputs"])
-def test_what_sglang_attaches_later_is_not_compressed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("beam_group", SkipReason.UNSUPPORTED_REQUEST),
+        ("session_generation", SkipReason.SESSION),
+    ],
+)
+def test_what_sglang_attaches_later_is_not_compressed(name: str, reason: SkipReason) -> None:
     req = request()
     setattr(req, name, object())
-    assert req.plan_for(0) is SkipReason.UNSUPPORTED_REQUEST
+    assert req.plan_for(0) is reason
+
+
+def test_a_prompt_with_images_is_compressed_as_its_tokens_are() -> None:
+    req = request()
+    req.multimodal_inputs = object()
+    assert req.plan_for(0) == request().plan_for(0)
 
 
 def test_a_request_that_is_kept_from_the_tree_is_not_compressed() -> None:
@@ -136,6 +148,7 @@ def test_every_reason_is_shown() -> None:
         "no_pressure",
         "no_queries",
         "aborted",
+        "session",
         "unsupported_request",
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sends prompts of token ids to a server's /generate route."""
+"""Sends prompts, of token ids or as text, to a server's /generate route."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ Response = dict[str, Any]
 
 def generate(
     url: str,
-    prompt: list[int],
+    prompt: list[int] | str,
     max_new_tokens: int,
     compression: dict[str, Any] | None = None,
     **fields: Any,
@@ -23,7 +23,8 @@ def generate(
     if compression is not None:
         sampling["custom_params"] = {"kv_compression": compression}
     sampling.update(fields.pop("sampling", {}))
-    body = {"input_ids": prompt, "sampling_params": sampling, **fields}
+    kind = "text" if isinstance(prompt, str) else "input_ids"
+    body = {kind: prompt, "sampling_params": sampling, **fields}
     response = httpx.post(f"{url}/generate", json=body, timeout=600)
     result: Response = response.json()
     return result

@@ -160,6 +160,14 @@ def test_a_missing_op_imports_and_raises_when_called(broken_library: None) -> No
     assert "speculative decoding" in str(raised.value)
 
 
+def test_models_that_take_missing_torch_ops_import(broken_library: None) -> None:
+    platform.activate()
+    op = torch.ops.sgl_kernel.fused_sigmoid_mul_cpu
+    with pytest.raises(MissingCpuKernelError, match="fused_sigmoid_mul_cpu"):
+        op(torch.zeros(1), torch.zeros(1))
+    assert not hasattr(torch.ops.sgl_kernel, "rmsnorm_cpu")
+
+
 def test_a_gpu_op_is_absent(broken_library: None) -> None:
     platform.activate()
     with pytest.raises(ImportError, match="rmsnorm"):
