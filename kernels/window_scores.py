@@ -235,7 +235,7 @@ def _attend_scored(
     token's value norm if `token_norm`."""
     queries, arena_shape = prompt.queries, prompt.arena_shape
     num_scored = attention.shape[2]
-    block_w, block_n, num_warps = _mean_blocks(arena_shape["BLOCK_D"], queries.dtype)
+    block_w, block_n, num_warps = _mean_blocks(prompt)
     _mean_attention[(triton.cdiv(num_scored, block_n), arena_shape["H"], count)](
         queries,
         prompt.data,
@@ -260,12 +260,13 @@ def _attend_scored(
     )
 
 
-def _mean_blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(queries, tokens, warps) of a program. More tokens read the queries less often."""
-    if dtype == torch.float32:
+def _mean_blocks(prompt: _Prompt) -> tuple[int, int, int]:
+    """(queries, tokens, warps) of a program. More tokens read the queries less often; with more
+    queries ptxas 13 spills for sm_100, and gfx942 needs 190 registers."""
+    if prompt.queries.dtype == torch.float32:
         return 16, 32, 4
-    # Not more queries: ptxas 13 spills for sm_100 then, and gfx942 needs 190 registers.
-    return (16, 128, 8) if block_d <= 128 else (32, 64, 4)
+    few = 16 if prompt.logit_cap else 32
+    return (16, 128, 8) if prompt.arena_shape["BLOCK_D"] <= 128 else (few, 64, 4)
 
 
 def _value_norms(

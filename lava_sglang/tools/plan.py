@@ -12,13 +12,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from rich.console import Console
 from rich.table import Table
 
 from lava_sglang.config import KVCompressionConfig
-from lava_sglang.layer_map import LayerMap
+
+if TYPE_CHECKING:
+    from lava_sglang.layer_map import LayerMap
 
 
 class PlanError(ValueError):
@@ -88,6 +90,8 @@ class ModelShape:
     @property
     def layer_map(self) -> LayerMap:
         """Which layers slide does not matter here, only how many."""
+        from lava_sglang.layer_map import LayerMap
+
         return LayerMap(range(self.layers), range(self.sliding), self.sliding_window)
 
     def attention_flops(self, pairs: float) -> float:
@@ -104,7 +108,7 @@ class ModelShape:
         """Entries of a KV head, in all layers, that a step reads of a request that holds `kept`
         slots for a prompt of so many tokens, and `tail` of its answer."""
         full, seen = self.layers - self.sliding, min(float(self.sliding_window), prompt + tail)
-        of_prompt = self.layers * kept - self.sliding * min(self.sliding_window - 1, kept)
+        of_prompt = self.layers * kept - self.sliding * min(self.sliding_window - 1, prompt)
         return min(full * prompt, of_prompt) + full * tail + self.sliding * seen
 
 

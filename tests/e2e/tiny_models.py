@@ -28,7 +28,12 @@ ALTERNATING = ["sliding_attention", "full_attention"] * 2
 THREE_TO_ONE = ["sliding_attention"] * 3 + ["full_attention"]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # A cap that bends most logits: with the real 50 a random model would not notice it.
-    "gemma2": {"layer_types": ALTERNATING, "head_dim": 16, "attn_logit_softcapping": 2.0},
+    "gemma2": {
+        "layer_types": ALTERNATING,
+        "head_dim": 16,
+        "attn_logit_softcapping": 2.0,
+        "hidden_act": "gelu_pytorch_tanh",  # as published, and as SGLang reads it
+    },
     "cohere2": {"layer_types": THREE_TO_ONE},
     "olmo3": {"layer_types": THREE_TO_ONE},
     "exaone4": {"layer_types": THREE_TO_ONE},
@@ -45,7 +50,10 @@ def write_tiny_model(architecture: str, directory: Path, tokenizer_from: Path) -
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if weights.dim() == 2:
-                weights.normal_(std=0.25 if "proj" in name else 1.0)
+                # Small embeddings: what attention adds then decides.
+                weights.normal_(std=0.25 if "proj" in name else 0.1)
+            elif "post_attention_layernorm" in name:
+                weights.fill_(3.0)
     model.save_pretrained(directory)
     for file in tokenizer_from.glob("tokenizer*"):
         shutil.copy(file, directory)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lava_sglang.config import KVCompressionConfig
@@ -51,7 +51,7 @@ def sliding_prompt(shape: Shape = SHAPE, reach: int = REACH, seed: int = 0) -> P
     )
 
 
-def settings(name: str, **changes: object) -> KVCompressionConfig:
+def settings_of(name: str, **changes: object) -> KVCompressionConfig:
     values = {"method": name, "window_size": WINDOW, "pool_width": 3, "budget": 20, **changes}
     return KVCompressionConfig.parse(values)
 
@@ -62,7 +62,7 @@ def test_full_layers_keep_the_oracles_and_sliding_ones_what_they_read(
     name: str, budget: int
 ) -> None:
     prompt = sliding_prompt()
-    method = method_of(settings(name))
+    method = method_of(settings_of(name))
     kept = heads_of(keep(method, prompt, budget), prompt)
     plain = random_prompt(SHAPE, 0, LAYERS)
     reach = [REACH if layer in SLIDING else None for layer in range(LAYERS)]
@@ -80,6 +80,7 @@ def test_full_layers_keep_the_oracles_and_sliding_ones_what_they_read(
     assert total == LAYERS * SHAPE.num_kv_heads * budget
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     data=st.data(),
     name=st.sampled_from(sorted(METHODS)),
@@ -96,7 +97,7 @@ def test_every_rung_fits_and_a_smaller_one_keeps_a_subset(
     prompt_len = suffix_len + 3
     shape = replace_shape(prompt_len=prompt_len, shared_prefix_len=3, window_size=window)
     prompt = sliding_prompt(shape, reach)
-    config = settings(name, window_size=window, budget=1.0)
+    config = settings_of(name, window_size=window, budget=1.0)
     method = method_of(config)
     fewest = layers.fewest_slots(window, config.ragged)
     most = layers.most_slots(suffix_len, window, config.ragged)
@@ -132,7 +133,7 @@ def tokens_of(prompt: PromptView, method: object, budget: int) -> list[list[list
 @pytest.mark.parametrize("name", ["lava", "lava_span", "snapkv", "pyramidkv"])
 def test_a_trim_keeps_what_the_smaller_budget_keeps_at_once(name: str) -> None:
     prompt = sliding_prompt()
-    method = method_of(settings(name, budget=(40, 15)))
+    method = method_of(settings_of(name, budget=(40, 15)))
     scores = score_prompt(method, prompt)
     kept = select_entries(method, scores, prompt, 40)
     fewer = select_fewer(
@@ -154,7 +155,7 @@ def test_a_trim_keeps_what_the_smaller_budget_keeps_at_once(name: str) -> None:
 def test_of_a_long_answer_a_sliding_layer_keeps_the_last_tokens(name: str) -> None:
     """Tape and tail as `tail_scores` hands them over: pieces end at `width`, the tail follows."""
     prompt = sliding_prompt()
-    method = method_of(settings(name))
+    method = method_of(settings_of(name))
     kept = keep(method, prompt, 20)
     counts, tail, width = kept.counts, 30, 64
     scores = torch.rand(LAYERS, 2, width + tail)
