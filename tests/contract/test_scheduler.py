@@ -10,6 +10,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from lava_sglang.config import KVCompressionConfig
 from lava_sglang.integration.scheduler import LavaScheduler
+from lava_sglang.layer_map import LayerMap
 from lava_sglang.managers.output_streamer import LavaOutputStreamer
 from lava_sglang.managers.prefill_adder import LavaPrefillAdder
 from lava_sglang.managers.request import LavaReq
@@ -42,6 +43,8 @@ def scheduler() -> Any:
     made.page_size = 16
     made.prefill_decode_interval = 3
     made.running_batch = SimpleNamespace(reqs=[])
+    model = SimpleNamespace(kv_compression=SimpleNamespace(layers=LayerMap.plain(2)))
+    made.tp_worker = SimpleNamespace(model_runner=model)
     return made
 
 
