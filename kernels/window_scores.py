@@ -265,8 +265,8 @@ def _mean_blocks(prompt: _Prompt) -> tuple[int, int, int]:
     queries ptxas 13 spills for sm_100, and gfx942 needs 190 registers."""
     if prompt.queries.dtype == torch.float32:
         return 16, 32, 4
-    few = 16 if prompt.logit_cap else 32
-    return (16, 128, 8) if prompt.arena_shape["BLOCK_D"] <= 128 else (few, 64, 4)
+    wide = (16, 64, 8) if prompt.logit_cap else (32, 64, 4)
+    return (16, 128, 8) if prompt.arena_shape["BLOCK_D"] <= 128 else wide
 
 
 def _value_norms(
