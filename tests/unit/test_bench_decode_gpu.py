@@ -14,13 +14,15 @@ PROJECT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("document", ["benchmarks/README.md", "docs/h100.md"])
-def test_the_documents_command_is_taken(document: str) -> None:
+def test_the_documents_commands_are_taken(document: str) -> None:
     text = (PROJECT / document).read_text()
     command = r"^    \S*python -m benchmarks\.kernels\.decode_gpu (.+)$"
-    (options,) = re.findall(command, text, re.MULTILINE)
-    arguments = decode_gpu._parser().parse_args(options.split())
-    assert (arguments.layers, arguments.kv_heads, arguments.head_dim) == (32, 8, 128)
-    assert arguments.batch and arguments.context and arguments.rounds > 0
+    commands = re.findall(command, text, re.MULTILINE)
+    assert commands
+    for options in commands:
+        arguments = decode_gpu._parser().parse_args(options.split())
+        assert (arguments.layers, arguments.kv_heads, arguments.head_dim) == (32, 8, 128)
+        assert arguments.batch and arguments.context and arguments.rounds > 0
 
 
 def test_without_a_gpu_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
