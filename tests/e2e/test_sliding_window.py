@@ -148,7 +148,7 @@ def test_behind_a_shared_prefix(
     server.flush_cache()
     document = texts[-2][:700]
     assert info(generate(server.url, document, 1))["reason"] == "no_decode"
-    questions = [texts[-1][-560:], texts[-3][-700:]]
+    questions = [texts[-1][-560:], texts[-1][100:750]]
     prompts = [document + question for question in questions]
     settings = [{"method": method, "budget": 515}, {"method": method, "budget": 600}]
     responses = generate_all(server.url, prompts, MAX_NEW_TOKENS, settings)
